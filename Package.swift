@@ -1,0 +1,143 @@
+// swift-tools-version: 6.2
+//
+// Layers: a target depends only on targets of a lower layer (ARCHITECTURE.md, "Modules"); `scripts/check` verifies that
+// the sources import nothing that is not declared here.
+
+import Foundation
+import PackageDescription
+
+/// Every Swift target: Swift 6 language mode, strict memory safety, warnings are errors.
+let strict: [SwiftSetting] = [
+  .swiftLanguageMode(.v6),
+  .strictMemorySafety(),
+  .treatAllWarnings(as: .error),
+]
+
+/// Executables are fully static and position independent; only lld can link them so, and the build must be run with
+/// `--disable-local-rpath`, because glibc's static start-up code asserts on a run path.
+let staticPIE: [LinkerSetting] = [
+  .unsafeFlags([
+    "-static-executable", "-use-ld=lld", "-Xclang-linker", "-static-pie",
+    "-Xlinker", "--gc-sections", "-Xlinker", "--icf=safe",
+  ])
+]
+
+func module(_ name: String, _ dependencies: [String] = []) -> Target {
+  .target(name: name, dependencies: dependencies.map { .byName(name: $0) }, swiftSettings: strict)
+}
+
+func program(_ name: String, _ dependencies: [String]) -> Target {
+  .executableTarget(
+    name: name, dependencies: dependencies.map { .byName(name: $0) }, swiftSettings: strict, linkerSettings: staticPIE)
+}
+
+func tests(_ name: String, _ dependencies: [String]) -> Target {
+  .testTarget(
+    name: name, dependencies: dependencies.map { .byName(name: $0) },
+    swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)])
+}
+
+let layer0: [Target] = [
+  .target(name: "CLinux", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"])]),
+  .systemLibrary(name: "CCapNG", pkgConfig: "libcap-ng", providers: [.apt(["libcap-ng-dev"])]),
+]
+
+let layer1: [Target] = [
+  module("HostSystem", ["CLinux"]),
+  module("VirtioSpec"),
+]
+
+let layer2: [Target] = [
+  module("VMMemory", ["CLinux", "HostSystem"]),
+  module("VhostUser", ["CLinux", "HostSystem", "VirtioSpec"]),
+  module("Sandbox", ["CLinux", "CCapNG", "HostSystem"]),
+  module("KVM", ["CLinux", "HostSystem"]),
+  module("DiskImage", ["CLinux", "HostSystem"]),
+  module("ControlProtocol", ["CLinux", "HostSystem", "VirtioSpec"]),
+]
+
+let layer3: [Target] = [
+  module("VirtioQueue", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory"]),
+  module("VirtioTransport", ["VirtioSpec"]),
+  module("Boot", ["HostSystem", "VMMemory"]),
+]
+
+let layer4: [Target] = [
+  module("BackendKit", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "Sandbox"]),
+  module("FrontEnd", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport"]),
+  module("Supervision", ["CLinux", "HostSystem", "VirtioSpec", "Sandbox", "ControlProtocol"]),
+  module("Machine", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot"]),
+]
+
+let layer5: [Target] = [
+  module("BlockDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "DiskImage", "BackendKit"]),
+  module("NetDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
+  module("ConsoleDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
+  module("Probe", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue"]),
+  module(
+    "Monitor",
+    [
+      "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "Sandbox", "ControlProtocol", "VirtioTransport", "Boot",
+      "FrontEnd", "Machine",
+    ]),
+]
+
+let programs: [Target] = [
+  program("martlet", ["CLinux", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"]),
+  program("martlet-supervisor", ["HostSystem", "Supervision"]),
+  program("martlet-core", ["HostSystem", "Monitor"]),
+  program("martlet-block", ["HostSystem", "BlockDevice"]),
+  program("martlet-net", ["HostSystem", "NetDevice"]),
+  program("martlet-console", ["HostSystem", "ConsoleDevice"]),
+  program("martlet-probe", ["HostSystem", "Probe"]),
+  program("martlet-template", ["HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
+]
+
+let everything = [
+  "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "Sandbox", "KVM", "DiskImage", "ControlProtocol",
+  "VirtioQueue", "VirtioTransport", "Boot", "BackendKit", "FrontEnd", "Supervision", "Machine", "BlockDevice",
+  "NetDevice", "ConsoleDevice", "Monitor",
+]
+
+/// Tests mirror the modules one to one; the rooms by promise (`Conformance`, `Isolation`, `Guests`) may use every module.
+let testTargets: [Target] = [
+  .target(
+    name: "TestSupport", dependencies: everything.map { .byName(name: $0) }, path: "Tests/TestSupport",
+    swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)]),
+  tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
+  tests("VMMemoryTests", ["CLinux", "HostSystem", "VMMemory", "TestSupport"]),
+  tests("VhostUserTests", ["CLinux", "HostSystem", "VirtioSpec", "VhostUser", "TestSupport"]),
+  tests("SandboxTests", ["CLinux", "HostSystem", "Sandbox", "TestSupport"]),
+  tests("KVMTests", ["CLinux", "HostSystem", "KVM", "TestSupport"]),
+  tests("DiskImageTests", ["CLinux", "HostSystem", "DiskImage", "TestSupport"]),
+  tests("ControlProtocolTests", ["CLinux", "HostSystem", "VirtioSpec", "ControlProtocol", "TestSupport"]),
+  tests("VirtioQueueTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "TestSupport"]),
+  tests("VirtioTransportTests", ["VirtioSpec", "VirtioTransport", "TestSupport"]),
+  tests("BootTests", ["HostSystem", "VMMemory", "Boot", "TestSupport"]),
+  tests("BackendKitTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "TestSupport"]),
+  tests("FrontEndTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport", "FrontEnd", "TestSupport"]),
+  tests("SupervisionTests", ["CLinux", "HostSystem", "ControlProtocol", "Supervision", "TestSupport"]),
+  tests("MachineTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot", "Machine", "TestSupport"]),
+  tests("BlockDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "DiskImage", "BackendKit", "BlockDevice", "TestSupport"]),
+  tests("NetDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "NetDevice", "TestSupport"]),
+  tests("ConsoleDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "ConsoleDevice", "TestSupport"]),
+  tests("MonitorTests", everything + ["TestSupport"]),
+  tests("ConformanceTests", everything + ["TestSupport"]),
+  tests("IsolationTests", everything + ["TestSupport"]),
+  tests("GuestsTests", everything + ["TestSupport"]),
+  tests("ProbeTests", everything + ["Probe", "TestSupport"]),
+]
+
+/// A module whose folder has no Swift or C source yet is not built.
+func isPresent(_ target: Target) -> Bool {
+  let folder = target.path ?? (target.type == .test ? "Tests/\(target.name)" : "Sources/\(target.name)")
+  return FileManager.default.fileExists(atPath: Context.packageDirectory + "/" + folder)
+}
+
+let package = Package(
+  name: "martlet",
+  products: [
+    .library(name: "MartletBackendKit", targets: ["BackendKit", "VirtioQueue", "VMMemory", "VhostUser", "VirtioSpec", "HostSystem"])
+  ],
+  targets: (layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets).filter(isPresent)
+)

@@ -1,0 +1,1 @@
+// BackendKit: see ARCHITECTURE.md.

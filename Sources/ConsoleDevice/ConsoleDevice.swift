@@ -1,0 +1,1 @@
+// ConsoleDevice: see ARCHITECTURE.md.

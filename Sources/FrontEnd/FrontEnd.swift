@@ -1,0 +1,1 @@
+// FrontEnd: see ARCHITECTURE.md.

@@ -1,0 +1,1 @@
+// HostSystem: see ARCHITECTURE.md.

@@ -1,0 +1,1 @@
+// KVM: see ARCHITECTURE.md.

@@ -1,0 +1,1 @@
+// NetDevice: see ARCHITECTURE.md.

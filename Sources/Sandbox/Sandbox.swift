@@ -1,0 +1,1 @@
+// Sandbox: see ARCHITECTURE.md.

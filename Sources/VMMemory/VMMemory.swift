@@ -1,0 +1,1 @@
+// VMMemory: see ARCHITECTURE.md.

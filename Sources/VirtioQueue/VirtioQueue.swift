@@ -1,0 +1,1 @@
+// VirtioQueue: see ARCHITECTURE.md.

@@ -1,0 +1,1 @@
+// VirtioSpec: see ARCHITECTURE.md.

@@ -1,0 +1,1 @@
+// VirtioTransport: see ARCHITECTURE.md.
