@@ -105,6 +105,7 @@ let testTargets: [Target] = [
     name: "TestSupport", dependencies: everything.map { .byName(name: $0) }, path: "Tests/TestSupport",
     swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)]),
   tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
+  tests("VirtioSpecTests", ["VirtioSpec"]),
   tests("VMMemoryTests", ["CLinux", "HostSystem", "VMMemory", "TestSupport"]),
   tests("VhostUserTests", ["CLinux", "HostSystem", "VirtioSpec", "VhostUser", "TestSupport"]),
   tests("SandboxTests", ["CLinux", "HostSystem", "Sandbox", "TestSupport"]),
