@@ -3,7 +3,6 @@
 // Layers: a target depends only on targets of a lower layer (ARCHITECTURE.md, "Modules"); `scripts/check` verifies that
 // the sources import nothing that is not declared here.
 
-import Foundation
 import PackageDescription
 
 /// Every Swift target: Swift 6 language mode, strict memory safety, warnings are errors.
@@ -73,7 +72,6 @@ let layer5: [Target] = [
   module("BlockDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "DiskImage", "BackendKit"]),
   module("NetDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
   module("ConsoleDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
-  module("Probe", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue"]),
   module(
     "Monitor",
     [
@@ -89,8 +87,6 @@ let programs: [Target] = [
   program("martlet-block", ["HostSystem", "BlockDevice"]),
   program("martlet-net", ["HostSystem", "NetDevice"]),
   program("martlet-console", ["HostSystem", "ConsoleDevice"]),
-  program("martlet-probe", ["HostSystem", "Probe"]),
-  program("martlet-template", ["HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
 ]
 
 let everything = [
@@ -126,19 +122,12 @@ let testTargets: [Target] = [
   tests("ConformanceTests", everything + ["TestSupport"]),
   tests("IsolationTests", everything + ["TestSupport"]),
   tests("GuestsTests", everything + ["TestSupport"]),
-  tests("ProbeTests", everything + ["Probe", "TestSupport"]),
 ]
-
-/// A module whose folder has no Swift or C source yet is not built.
-func isPresent(_ target: Target) -> Bool {
-  let folder = target.path ?? (target.type == .test ? "Tests/\(target.name)" : "Sources/\(target.name)")
-  return FileManager.default.fileExists(atPath: Context.packageDirectory + "/" + folder)
-}
 
 let package = Package(
   name: "martlet",
   products: [
     .library(name: "MartletBackendKit", targets: ["BackendKit", "VirtioQueue", "VMMemory", "VhostUser", "VirtioSpec", "HostSystem"])
   ],
-  targets: (layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets).filter(isPresent)
+  targets: layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets
 )

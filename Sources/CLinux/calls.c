@@ -1,0 +1,171 @@
+#define _GNU_SOURCE
+#include "clinux_calls.h"
+
+#include <stddef.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+static int result(long value) { return value < 0 ? -errno : (int)value; }
+
+int clinux_open(const char *path, int flags, unsigned mode) { return result(open(path, flags, mode)); }
+
+int clinux_openat(int directory, const char *path, int flags, unsigned mode) {
+  return result(openat(directory, path, flags, mode));
+}
+
+int clinux_ioctl(int fd, unsigned long request, unsigned long argument) { return result(ioctl(fd, request, argument)); }
+
+int clinux_ioctl_pointer(int fd, unsigned long request, void *argument) { return result(ioctl(fd, request, argument)); }
+
+int clinux_fcntl(int fd, int command, long argument) { return result(fcntl(fd, command, argument)); }
+
+int clinux_ofd_lock(int fd, int kind) {
+  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = 0, .l_len = 0, .l_pid = 0};
+  return result(fcntl(fd, F_OFD_SETLK, &lock));
+}
+
+int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d) {
+  return result(prctl(option, a, b, c, d));
+}
+
+int clinux_memfd_create(const char *name, unsigned flags) { return result(syscall(SYS_memfd_create, name, flags)); }
+
+int clinux_pidfd_open(int pid) { return result(syscall(SYS_pidfd_open, pid, 0)); }
+
+int clinux_pidfd_send_signal(int pidfd, int signal) {
+  return result(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0));
+}
+
+int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking) {
+  siginfo_t info;
+  memset(&info, 0, sizeof info);
+  int outcome = waitid((idtype_t)3 /* P_PIDFD */, (id_t)pidfd, &info, WEXITED | (blocking ? 0 : WNOHANG));
+  if (outcome < 0) return -errno;
+  if (info.si_pid == 0) return 0;
+  *code = info.si_code;
+  *status = info.si_status;
+  return 1;
+}
+
+int clinux_tgkill(int process, int thread, int signal) { return result(syscall(SYS_tgkill, process, thread, signal)); }
+
+int clinux_gettid(void) { return (int)syscall(SYS_gettid); }
+
+int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data) {
+  struct epoll_event event = {.events = events, .data = {.u64 = data}};
+  return result(epoll_ctl(epoll, operation, fd, &event));
+}
+
+int clinux_accept(int listener) { return result(accept4(listener, NULL, NULL, SOCK_CLOEXEC)); }
+
+int clinux_punch_hole(int fd, off_t offset, off_t length) {
+  return result(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length));
+}
+
+enum { most_descriptors = 253 /* SCM_MAX_FD */ };
+
+union control_space {
+  char bytes[CMSG_SPACE(sizeof(int) * most_descriptors)];
+  struct cmsghdr alignment;
+};
+
+ssize_t clinux_send_with_fds(int socket, const struct iovec *parts, int part_count, const int *fds, int fd_count,
+                             int flags) {
+  if (fd_count < 0 || fd_count > most_descriptors) return -EINVAL;
+  union control_space control;
+  struct msghdr message;
+  memset(&message, 0, sizeof message);
+  message.msg_iov = (struct iovec *)parts;
+  message.msg_iovlen = (size_t)part_count;
+  if (fd_count > 0) {
+    size_t length = sizeof(int) * (size_t)fd_count;
+    memset(&control, 0, CMSG_SPACE(length));
+    message.msg_control = control.bytes;
+    message.msg_controllen = CMSG_SPACE(length);
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(length);
+    memcpy(CMSG_DATA(header), fds, length);
+  }
+  ssize_t sent = sendmsg(socket, &message, flags | MSG_NOSIGNAL);
+  return sent < 0 ? -errno : sent;
+}
+
+ssize_t clinux_receive_with_fds(int socket, void *buffer, size_t capacity, int *fds, int fd_capacity, int *fd_count,
+                                int *truncated, int flags) {
+  *fd_count = 0;
+  *truncated = 0;
+  if (fd_capacity < 0 || fd_capacity > most_descriptors) return -EINVAL;
+  union control_space control;
+  struct iovec part = {buffer, capacity};
+  struct msghdr message;
+  memset(&message, 0, sizeof message);
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  if (fd_capacity > 0) {
+    message.msg_control = control.bytes;
+    message.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)fd_capacity);
+  }
+  ssize_t received = recvmsg(socket, &message, flags | MSG_CMSG_CLOEXEC);
+  if (received < 0) return -errno;
+  if (message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) *truncated = 1;
+  if (fd_capacity == 0) return received;
+  for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header != NULL; header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t index = 0; index < count; index++) {
+      int fd;
+      memcpy(&fd, CMSG_DATA(header) + index * sizeof(int), sizeof fd);
+      // CMSG_SPACE rounds up, so one descriptor more than asked for can fit: it is closed, not leaked.
+      if (*fd_count < fd_capacity) {
+        fds[(*fd_count)++] = fd;
+      } else {
+        close(fd);
+        *truncated = 1;
+      }
+    }
+  }
+  return received;
+}
+
+int clinux_peer_credentials(int socket, int *pid, unsigned *uid, unsigned *gid) {
+  struct ucred {
+    pid_t pid;
+    uid_t uid;
+    gid_t gid;
+  } peer;
+  socklen_t length = sizeof peer;
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) return -errno;
+  *pid = peer.pid;
+  *uid = peer.uid;
+  *gid = peer.gid;
+  return 0;
+}
+
+static int unix_address(struct sockaddr_un *address, const char *path) {
+  memset(address, 0, sizeof *address);
+  address->sun_family = AF_UNIX;
+  size_t length = strlen(path);
+  if (length == 0 || length >= sizeof address->sun_path) return -ENAMETOOLONG;
+  memcpy(address->sun_path, path, length);
+  return 0;
+}
+
+int clinux_unix_bind(int socket, const char *path) {
+  struct sockaddr_un address;
+  int bad = unix_address(&address, path);
+  if (bad) return bad;
+  return result(bind(socket, (struct sockaddr *)&address, sizeof address));
+}
+
+int clinux_unix_connect(int socket, const char *path) {
+  struct sockaddr_un address;
+  int bad = unix_address(&address, path);
+  if (bad) return bad;
+  return result(connect(socket, (struct sockaddr *)&address, sizeof address));
+}
+
+const char *clinux_errno_name(int error) { return strerrorname_np(error); }

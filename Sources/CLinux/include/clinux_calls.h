@@ -1,0 +1,62 @@
+// Kernel calls that Swift cannot make itself, because libc declares them variadic or hides them behind macros. Each
+// function is the call of its name and nothing more: the result is the call's, errors are returned as -errno.
+#ifndef CLINUX_CALLS_H
+#define CLINUX_CALLS_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/timerfd.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+int clinux_open(const char *path, int flags, unsigned mode);
+int clinux_openat(int directory, const char *path, int flags, unsigned mode);
+int clinux_ioctl(int fd, unsigned long request, unsigned long argument);
+int clinux_ioctl_pointer(int fd, unsigned long request, void *argument);
+int clinux_fcntl(int fd, int command, long argument);
+// fcntl(F_OFD_SETLK): kind is F_RDLCK, F_WRLCK or F_UNLCK over the whole file.
+int clinux_ofd_lock(int fd, int kind);
+int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
+int clinux_memfd_create(const char *name, unsigned flags);
+int clinux_pidfd_open(int pid);
+int clinux_pidfd_send_signal(int pidfd, int signal);
+// waitid(P_PIDFD, WEXITED|WNOHANG): 1 = ended (code and status filled), 0 = still running, -errno.
+int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking);
+int clinux_tgkill(int process, int thread, int signal);
+int clinux_gettid(void);
+int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data);
+// accept4(SOCK_CLOEXEC), the address not wanted.
+int clinux_accept(int listener);
+// fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+int clinux_punch_hole(int fd, off_t offset, off_t length);
+
+// One sendmsg/recvmsg with descriptors (SCM_RIGHTS). `fds` is an array of `fd_count` descriptors.
+ssize_t clinux_send_with_fds(int socket, const struct iovec *parts, int part_count, const int *fds, int fd_count, int flags);
+// Receives with MSG_CMSG_CLOEXEC. Up to `fd_capacity` (at most 253) descriptors are stored, `*fd_count` says how many;
+// `*truncated` is 1 when the kernel dropped control or payload bytes (MSG_CTRUNC, MSG_TRUNC).
+ssize_t clinux_receive_with_fds(int socket, void *buffer, size_t capacity, int *fds, int fd_capacity, int *fd_count,
+                                int *truncated, int flags);
+// struct ucred of the peer of a connected Unix socket.
+int clinux_peer_credentials(int socket, int *pid, unsigned *uid, unsigned *gid);
+// bind/connect/listen on a path; -ENAMETOOLONG when it does not fit sun_path.
+int clinux_unix_bind(int socket, const char *path);
+int clinux_unix_connect(int socket, const char *path);
+
+const char *clinux_errno_name(int error);
+
+#endif

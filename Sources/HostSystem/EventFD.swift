@@ -1,0 +1,55 @@
+import CLinux
+import Glibc
+
+/// A kernel event counter (`eventfd(2)`), close-on-exec and non-blocking: kicks, calls, wake-ups.
+@safe
+public struct EventFD: ~Copyable, Sendable {
+  public let fd: OwnedFD
+
+  public init() throws(SystemError) {
+    let result = eventfd(0, CInt(EFD_CLOEXEC) | CInt(EFD_NONBLOCK))
+    if result < 0 { throw SystemError("create an eventfd", Errno.current) }
+    fd = OwnedFD(owning: result)
+  }
+
+  /// Adopts a received descriptor. Its blocking mode is shared with the sender and left alone, so every wait here asks
+  /// for readiness first.
+  public init(adopting fd: consuming OwnedFD) { self.fd = fd }
+
+  public borrowing func duplicate() throws(SystemError) -> EventFD { EventFD(adopting: try fd.duplicate()) }
+
+  /// Adds one to the counter. A full counter already means "signalled", so nothing is lost when it cannot be added.
+  @inline(__always)
+  public borrowing func signal() {
+    var one: UInt64 = 1
+    // SAFETY: eight bytes of ours.
+    _ = unsafe Glibc.write(fd.rawValue, &one, 8)
+  }
+
+  /// Takes the counter's value and resets it; 0 when it was not signalled. Asks for readiness first, because the peer may
+  /// have made the shared description blocking.
+  @discardableResult
+  public borrowing func drain() -> UInt64 {
+    guard isSignalled else { return 0 }
+    var value: UInt64 = 0
+    // SAFETY: eight bytes of ours.
+    return unsafe Glibc.read(fd.rawValue, &value, 8) == 8 ? value : 0
+  }
+
+  /// Takes the value when the loop has just reported the descriptor readable and nobody else reads it.
+  @inline(__always)
+  public borrowing func drainAfterReport() {
+    var value: UInt64 = 0
+    // SAFETY: eight bytes of ours.
+    _ = unsafe Glibc.read(fd.rawValue, &value, 8)
+  }
+
+  /// Whether the counter is above zero, without changing it.
+  public borrowing func isSignalledNow() -> Bool { isSignalled }
+
+  private var isSignalled: Bool {
+    var entry = pollfd(fd: fd.rawValue, events: Int16(POLLIN), revents: 0)
+    // SAFETY: one pollfd, alive for the call.
+    return unsafe poll(&entry, 1, 0) > 0 && entry.revents & Int16(POLLIN) != 0
+  }
+}

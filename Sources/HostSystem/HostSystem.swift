@@ -1,1 +1,0 @@
-// HostSystem: see ARCHITECTURE.md.

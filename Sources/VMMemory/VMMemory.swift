@@ -1,1 +1,0 @@
-// VMMemory: see ARCHITECTURE.md.
