@@ -34,7 +34,7 @@ public struct ReceivedDescriptors: ~Copyable {
 }
 
 /// What a receive came to.
-public struct Reception: ~Copyable {
+@frozen public struct Reception: ~Copyable {
   public let transfer: Transfer
   public var descriptors: ReceivedDescriptors
   /// Payload or descriptors did not fit and were dropped by the kernel: treat the peer as broken.
@@ -178,7 +178,7 @@ public enum UnixSocket {
 }
 
 /// Both ends of a socket pair, each to be taken once.
-public struct SocketPair: ~Copyable {
+@frozen public struct SocketPair: ~Copyable {
   public let first: OwnedFD
   public let second: OwnedFD
 

@@ -1,6 +1,7 @@
 // Checks for values that cannot be copied: the testing library's macros capture their operands, so these take plain
 // results instead.
 
+import Glibc
 import Testing
 
 public struct MissingValue: Error {}
@@ -22,4 +23,21 @@ public func unwrap<T: ~Copyable>(_ value: consuming T?, at location: SourceLocat
     throw MissingValue()
   }
   return value
+}
+
+/// How many of this process's descriptors lead to an object whose `/proc/self/fd` link contains `name` (a memfd with a
+/// name of its own, say). Other tests run in the same process at the same time, so a count of all descriptors says nothing.
+public func descriptorCount(linkContaining name: String) -> Int {
+  guard let directory = opendir("/proc/self/fd") else { return -1 }
+  defer { closedir(directory) }
+  var count = 0
+  while let entry = readdir(directory) {
+    let number = withUnsafePointer(to: &entry.pointee.d_name) { String(cString: UnsafeRawPointer($0).assumingMemoryBound(to: CChar.self)) }
+    var target = [CChar](repeating: 0, count: 256)
+    let length = readlink("/proc/self/fd/" + number, &target, 255)
+    guard length > 0 else { continue }
+    let text = String(decoding: target[..<length].map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    if text.contains(name) { count += 1 }
+  }
+  return count
 }
