@@ -1,1 +1,0 @@
-// VhostUser: see ARCHITECTURE.md.
