@@ -1,0 +1,262 @@
+/// What the core tells the supervisor. Answers carry the sequence of the request, reports carry 0.
+/// `protocol/control.md` has the bytes.
+package enum CoreMessage: Equatable, Sendable {
+  /// Answer to `configure`: the VM exists, memory is there, the payload is loaded.
+  case ready
+  /// Answer to `start`: the vCPUs run.
+  case started
+  /// The request has been carried out.
+  case done
+  /// The request cannot be carried out; one sentence says why. The VM goes on as before.
+  case refused(String)
+  /// Answer to `information`.
+  case information(VMInformation)
+  /// A device has changed its state.
+  case device(DeviceReport)
+  /// The guest did something that concerns the outside.
+  case guest(GuestEvent)
+  /// The core cannot go on and exits after this message; one sentence says why.
+  case failed(FailureKind, String)
+
+  package enum GuestEvent: UInt8, Equatable, Sendable {
+    /// The guest reset the machine and has been started again in place.
+    case reset = 0
+    /// The guest reset the machine; the VM has ended, because `restartsOnReset` is false.
+    case resetEnded = 1
+    /// The guest powered off; the VM has ended.
+    case poweredOff = 2
+    /// The guest's kernel reported a panic (pvpanic or the like); the VM goes on.
+    case panicked = 3
+    /// The guest cannot run any more (triple fault without restart, KVM shutdown, emulation failure); the VM has ended.
+    case crashed = 4
+    /// The VM ended because the supervisor asked for it.
+    case shutDown = 5
+
+    package var endsVM: Bool {
+      switch self {
+      case .reset, .panicked: false
+      case .resetEnded, .poweredOff, .crashed, .shutDown: true
+      }
+    }
+  }
+
+  /// Whose fault it was; decides the exit code of `martlet run`.
+  package enum FailureKind: UInt8, Equatable, Sendable {
+    /// Kernel, initramfs or sizes given by the user.
+    case input = 0
+    /// This host's KVM or memory.
+    case host = 1
+    /// A back end refused, broke the protocol or did not answer in time.
+    case device = 2
+    /// A defect of ours.
+    case defect = 3
+  }
+}
+
+/// The state of the VM at one moment.
+package struct VMInformation: Equatable, Sendable {
+  package enum State: UInt8, Equatable, Sendable {
+    case created = 0, running, paused, resetting, stopped
+
+    package var name: String {
+      switch self {
+      case .created: "created"
+      case .running: "running"
+      case .paused: "paused"
+      case .resetting: "resetting"
+      case .stopped: "stopped"
+      }
+    }
+  }
+
+  package struct Counter: Equatable, Sendable {
+    package var name: String
+    package var value: UInt64
+
+    package init(name: String, value: UInt64) {
+      self.name = name
+      self.value = value
+    }
+  }
+
+  package var state: State
+  package var resetCount: UInt32
+  /// Since `start`, in nanoseconds.
+  package var uptime: UInt64
+  /// Event counts of the core by name (`vcpu_exits`, `mmio_exits`, ...), for people and tests.
+  package var counters: [Counter]
+
+  package init(state: State, resetCount: UInt32, uptime: UInt64, counters: [Counter] = []) {
+    self.state = state
+    self.resetCount = resetCount
+    self.uptime = uptime
+    self.counters = counters
+  }
+}
+
+/// What a device's session has come to.
+package struct DeviceReport: Equatable, Sendable {
+  package enum State: UInt8, Equatable, Sendable {
+    /// The session's start is under way.
+    case connecting = 0
+    /// Feature negotiation with the back end is done; the guest's driver has not started it.
+    case connected
+    /// The guest's driver runs it (DRIVER_OK).
+    case active
+    /// The guest broke the rules or the back end asked for it: NEEDS_RESET is set.
+    case needsReset
+    /// The back end is gone.
+    case lost
+
+    package var name: String {
+      switch self {
+      case .connecting: "connecting"
+      case .connected: "connected"
+      case .active: "active"
+      case .needsReset: "needs-reset"
+      case .lost: "lost"
+      }
+    }
+  }
+
+  package struct Queue: Equatable, Sendable {
+    package var size: UInt16
+    package var isEnabled: Bool
+
+    package init(size: UInt16, isEnabled: Bool) {
+      self.size = size
+      self.isEnabled = isEnabled
+    }
+  }
+
+  package var id: String
+  package var state: State
+  /// Virtio features the driver accepted; before that, those offered to it.
+  package var features: UInt64
+  /// vhost-user protocol features in use.
+  package var protocolFeatures: UInt64
+  package var queues: [Queue]
+  /// A sentence on why, when something went wrong; else empty.
+  package var reason: String
+
+  package init(
+    id: String, state: State, features: UInt64, protocolFeatures: UInt64, queues: [Queue], reason: String = ""
+  ) {
+    self.id = id
+    self.state = state
+    self.features = features
+    self.protocolFeatures = protocolFeatures
+    self.queues = queues
+    self.reason = reason
+  }
+}
+
+extension CoreMessage {
+  private enum Kind: UInt16 {
+    case ready = 0x8001, started, done, refused, information, device, guest, failed
+  }
+
+  private var kind: Kind {
+    switch self {
+    case .ready: .ready
+    case .started: .started
+    case .done: .done
+    case .refused: .refused
+    case .information: .information
+    case .device: .device
+    case .guest: .guest
+    case .failed: .failed
+    }
+  }
+
+  /// The packet. `sequence` is that of the request answered, or 0.
+  package func encode(sequence: UInt32) -> [UInt8] {
+    var writer = WireWriter()
+    WireHeader(kind: kind.rawValue, descriptorCount: 0, sequence: sequence).write(to: &writer)
+    switch self {
+    case .ready:
+      writer.number(Wire.version)
+    case .started, .done: break
+    case .refused(let sentence): writer.text(sentence, limit: 1024)
+    case .information(let information):
+      writer.number(information.state.rawValue)
+      writer.number(information.resetCount)
+      writer.number(information.uptime)
+      writer.list(information.counters) { writer, counter in
+        writer.text(counter.name, limit: 32)
+        writer.number(counter.value)
+      }
+    case .device(let report):
+      writer.number(report.state.rawValue)
+      writer.number(report.features)
+      writer.number(report.protocolFeatures)
+      writer.text(report.id)
+      writer.list(report.queues) { writer, queue in
+        writer.number(queue.size)
+        writer.flag(queue.isEnabled)
+      }
+      writer.text(report.reason, limit: 1024)
+    case .guest(let event): writer.number(event.rawValue)
+    case .failed(let kind, let sentence):
+      writer.number(kind.rawValue)
+      writer.text(sentence, limit: 1024)
+    }
+    return writer.bytes
+  }
+
+  /// Reads a packet; the core sends no descriptors.
+  package static func decode(
+    _ packet: [UInt8], descriptorCount: Int = 0
+  ) throws(MessageError) -> (message: CoreMessage, sequence: UInt32) {
+    guard packet.count <= Wire.maximumLength else { throw .tooLong(byteCount: packet.count) }
+    var reader = WireReader(packet)
+    let header = try WireHeader(from: &reader)
+    guard let kind = Kind(rawValue: header.kind) else { throw .unknownKind(header.kind) }
+    let message: CoreMessage
+    switch kind {
+    case .ready:
+      guard try reader.number(UInt16.self) == Wire.version else { throw .badField("version") }
+      message = .ready
+    case .started: message = .started
+    case .done: message = .done
+    case .refused: message = .refused(try reader.text("sentence", limit: 1024))
+    case .information: message = .information(try VMInformation(from: &reader))
+    case .device: message = .device(try DeviceReport(from: &reader))
+    case .guest:
+      guard let event = GuestEvent(rawValue: try reader.number()) else { throw .badField("event") }
+      message = .guest(event)
+    case .failed:
+      guard let kind = FailureKind(rawValue: try reader.number()) else { throw .badField("failure") }
+      message = .failed(kind, try reader.text("sentence", limit: 1024))
+    }
+    try reader.finish()
+    try header.checkDescriptors(expected: 0, received: descriptorCount)
+    return (message, header.sequence)
+  }
+}
+
+extension VMInformation {
+  fileprivate init(from reader: inout WireReader) throws(MessageError) {
+    guard let state = State(rawValue: try reader.number()) else { throw .badField("state") }
+    self.state = state
+    resetCount = try reader.number()
+    uptime = try reader.number()
+    counters = try reader.list("counters", limit: 128) { reader throws(MessageError) in
+      Counter(name: try reader.text("counter", limit: 32), value: try reader.number())
+    }
+  }
+}
+
+extension DeviceReport {
+  fileprivate init(from reader: inout WireReader) throws(MessageError) {
+    guard let state = State(rawValue: try reader.number()) else { throw .badField("state") }
+    self.state = state
+    features = try reader.number()
+    protocolFeatures = try reader.number()
+    id = try reader.identifier()
+    queues = try reader.list("queues", limit: VMConfiguration.Limits.queues) { reader throws(MessageError) in
+      Queue(size: try reader.number(), isEnabled: try reader.flag("enabled"))
+    }
+    reason = try reader.text("reason", limit: 1024)
+  }
+}

@@ -1,0 +1,120 @@
+extension VMConfiguration {
+  /// What has been read so far. Ids may still be missing, defaults still open.
+  package struct Draft: Sendable {
+    enum Device: Sendable {
+      case disk(Disk)
+      case net(Net)
+      case generic(GenericVhostUser)
+    }
+
+    var result = VMConfiguration()
+    var hasKernel = false
+    /// In the order of the command line; an empty id is filled in by `finish`.
+    var devices: [(device: Device, id: String?, place: String)] = []
+    var console: Terminal?
+    var serial: Terminal?
+
+    mutating func add(_ device: Device, id: String?, option: String) {
+      devices.append((device, id, "--\(option) number \(devices.count { $0.place.hasPrefix("--\(option) ") } + 1)"))
+    }
+
+    /// Gives ids to devices without one, then makes the checks that need the whole command line.
+    func finish() throws(ConfigurationError) -> VMConfiguration {
+      guard hasKernel else { throw .missingOption("kernel", example: "--kernel bzImage") }
+      var result = result
+      var places = [Reserved.core: "the core process", Reserved.serial: "the serial port", Reserved.console: "the console"]
+      for entry in devices {
+        guard let id = entry.id else { continue }
+        if let first = places.updateValue(entry.place, forKey: id) {
+          throw .duplicateID(id, first: first, second: entry.place)
+        }
+      }
+      for entry in devices {
+        switch entry.device {
+        case .disk(var disk):
+          disk.id = entry.id ?? Self.freeID("blk", &places)
+          result.disks.append(disk)
+        case .net(var net):
+          net.id = entry.id ?? Self.freeID("net", &places)
+          result.nets.append(net)
+        case .generic(var generic):
+          generic.id = entry.id ?? Self.freeID(VirtioDeviceName.name(generic.deviceType), &places)
+          result.generics.append(generic)
+        }
+      }
+      if console == .tty, serial == .tty {
+        throw .conflict("--console tty", "--serial tty", remedy: "give one of them pty, file=, socket=, null or off")
+      }
+      // The terminal goes to the console unless the serial port asked for it.
+      result.console = console ?? (serial == .tty ? .null : .tty)
+      result.serial = serial ?? .null
+      try result.checkPaths()
+      if result.deviceCount > Limits.devices {
+        throw .tooMany(what: "devices", count: result.deviceCount, limit: Limits.devices)
+      }
+      return result
+    }
+
+    private static func freeID(_ stem: String, _ places: inout [String: String]) -> String {
+      // Bounded: there are fewer devices than numbers tried.
+      for number in 0...places.count {
+        let id = "\(stem)\(number)"
+        if places[id] == nil {
+          places[id] = "\(id), numbered by us"
+          return id
+        }
+      }
+      preconditionFailure("One of count + 1 different ids is free among count")
+    }
+  }
+
+  /// Ids of processes that are not asked for by an option of their own.
+  package enum Reserved {
+    package static let core = "core"
+    package static let serial = "serial"
+    package static let console = "con0"
+  }
+
+  /// One path must not be used for two things: two writers of one image, or two sockets in one place.
+  private func checkPaths() throws(ConfigurationError) {
+    var sockets: [(path: String, place: String)] = []
+    if let control { sockets.append((control, "--control")) }
+    for (terminal, option) in [(console, "--console"), (serial, "--serial")] {
+      switch terminal {
+      case .socket(let path): sockets.append((path, "\(option) socket"))
+      case .file(let path): sockets.append((path, "\(option) file"))
+      default: break
+      }
+    }
+    for disk in disks { if case .socket(let path) = disk.source { sockets.append((path, "disk \(disk.id)")) } }
+    for net in nets { if case .socket(let path) = net.source { sockets.append((path, "net \(net.id)")) } }
+    for generic in generics { sockets.append((generic.socket, "device \(generic.id)")) }
+    try Self.checkUnique(sockets, remedy: "give each a path of its own, not both")
+
+    var images: [(path: String, place: String, readOnly: Bool)] = []
+    for disk in disks {
+      if case .image(let path, let readOnly) = disk.source { images.append((path, "disk \(disk.id)", readOnly)) }
+    }
+    for (index, image) in images.enumerated() {
+      for other in images[..<index] where other.path == image.path && !(other.readOnly && image.readOnly) {
+        throw .conflict(
+          "\(other.place)", "\(image.place) (both \(image.path))",
+          remedy: "give each its own image or write readonly=on on both")
+      }
+    }
+    let taps: [(path: String, place: String)] = nets.compactMap {
+      if case .tap(let name) = $0.source { (name, "net \($0.id)") } else { nil }
+    }
+    try Self.checkUnique(taps, remedy: "give each a tap of its own, not both")
+  }
+
+  private static func checkUnique(
+    _ uses: [(path: String, place: String)], remedy: String
+  ) throws(ConfigurationError) {
+    for (index, use) in uses.enumerated() {
+      if let other = uses[..<index].first(where: { $0.path == use.path }) {
+        throw .conflict(other.place, "\(use.place) (both \(use.path))", remedy: remedy)
+      }
+    }
+  }
+}

@@ -1,0 +1,246 @@
+extension VMConfiguration {
+  /// The options of `martlet run`, in the order in which `--help` shows them.
+  package static let optionTable = OptionTable<Draft>(
+    guestOptions + deviceOptions + terminalOptions + controlOptions)
+
+  private typealias Option = OptionDescription<Draft>
+
+  private static let guestOptions: [Option] = [
+    Option(
+      "kernel", .text("PATH"), group: "Guest", summary: "Linux kernel: bzImage, or ELF vmlinux with a PVH entry",
+      example: "--kernel bzImage"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isPath(values.text) else { throw values.badText("a path of 1 to 4095 bytes") }
+      draft.result.kernel = values.text
+      draft.hasKernel = true
+    },
+    Option(
+      "initramfs", .text("PATH"), group: "Guest", summary: "initial RAM file system", example: "--initramfs initrd.img"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isPath(values.text) else { throw values.badText("a path of 1 to 4095 bytes") }
+      draft.result.initramfs = values.text
+    },
+    Option(
+      "cmdline", .text("TEXT"), group: "Guest", summary: "kernel command line",
+      example: "--cmdline 'console=hvc0 root=/dev/vda'"
+    ) { (draft, values) throws(ConfigurationError) in
+      let bytes = values.text.utf8
+      guard bytes.count <= Limits.commandLine else { throw values.badText("at most \(Limits.commandLine) bytes") }
+      guard !bytes.contains(where: { $0 < 0x20 }) else { throw values.badText("text without control characters") }
+      draft.result.commandLine = values.text
+    },
+    Option(
+      "cpus", .list(keys: [KeyDescription("boot", "N", required: true, "virtual processors at boot")]), group: "Guest",
+      summary: "virtual processors; one when left out", example: "--cpus boot=2"
+    ) { (draft, values) throws(ConfigurationError) in
+      if let count = try values.number("boot", in: 1...UInt64(Limits.cpus)) { draft.result.cpuCount = Int(count) }
+    },
+    Option(
+      "memory", .list(keys: [KeyDescription("size", "SIZE", required: true, "bytes, or with K, M, G, T")]),
+      group: "Guest", summary: "guest memory; 512M when left out", example: "--memory size=512M"
+    ) { (draft, values) throws(ConfigurationError) in
+      let text = try values.required("size")
+      let range = Limits.smallestMemory...Limits.largestMemory
+      guard let size = Quantity.byteCount(text), range.contains(size), size % 4096 == 0 else {
+        throw values.bad("size", "a multiple of 4K from 1M to 32T")
+      }
+      draft.result.memorySize = size
+    },
+    Option(
+      "no-reboot", .none, group: "Guest", summary: "a guest reset ends the VM instead of starting it again",
+      example: "--no-reboot"
+    ) { (draft, _) throws(ConfigurationError) in draft.result.restartsOnReset = false },
+  ]
+
+  private static let vhostUserKeys = [
+    KeyDescription("vhost_user", "on|off", "served by a back end that was started by hand"),
+    KeyDescription("socket", "PATH", "listening socket of that back end"),
+  ]
+
+  private static let deviceOptions: [Option] = [
+    Option(
+      "disk",
+      .list(
+        keys: [
+          KeyDescription("path", "FILE", "raw image or block device"),
+          KeyDescription("readonly", "on|off", "the guest cannot write"),
+          KeyDescription("id", "NAME", "name of the device; blk0, blk1, ... when left out"),
+          KeyDescription("serial", "TEXT", "serial number the guest reads, at most 20 bytes"),
+          KeyDescription("num_queues", "N", "queues; one when left out"),
+          KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
+        ] + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
+      example: "--disk path=root.img"
+    ) { (draft, values) throws(ConfigurationError) in
+      let serial = values["serial"]
+      if let serial, serial.utf8.count > Limits.serial || !serial.utf8.allSatisfy({ (0x20...0x7E).contains($0) }) {
+        throw values.bad("serial", "at most \(Limits.serial) printable ASCII characters")
+      }
+      let source: Disk.Source
+      if let socket = try values.vhostUserSocket(excluding: ["path", "readonly", "serial"]) {
+        source = .socket(socket)
+      } else {
+        guard let path = try values.path("path") else {
+          throw .missingKey(option: values.option, key: "path", example: values.example)
+        }
+        source = .image(path: path, readOnly: try values.onOff("readonly", default: false))
+      }
+      let disk = Disk(
+        id: "", source: source, serial: serial,
+        queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues)) ?? 1),
+        queueSize: try values.queueSize("queue_size") ?? 256)
+      draft.add(.disk(disk), id: try values.id(), option: values.option)
+    },
+    Option(
+      "net",
+      .list(
+        keys: [
+          KeyDescription("tap", "NAME", "existing tap interface"),
+          KeyDescription("mac", "MAC", "address of the guest's card; derived from the names when left out"),
+          KeyDescription("id", "NAME", "name of the device; net0, net1, ... when left out"),
+          KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
+        ] + vhostUserKeys), .many, group: "Devices", summary: "virtio network card, served by its own process",
+      example: "--net tap=tap0"
+    ) { (draft, values) throws(ConfigurationError) in
+      let source: Net.Source
+      if let socket = try values.vhostUserSocket(excluding: ["tap"]) {
+        source = .socket(socket)
+      } else {
+        let tap = try values.required("tap")
+        guard (1...Limits.interfaceName).contains(tap.utf8.count), tap != ".", tap != "..",
+          tap.utf8.allSatisfy({ $0 > 0x20 && $0 < 0x7F && $0 != UInt8(ascii: "/") && $0 != UInt8(ascii: "%") })
+        else { throw values.bad("tap", "an interface name of 1 to 15 characters") }
+        source = .tap(tap)
+      }
+      var address: [UInt8]?
+      if let text = values["mac"] {
+        guard let bytes = mac(text) else {
+          throw values.bad("mac", "six pairs of hexadecimal digits of a unicast address, such as 52:54:00:12:34:56")
+        }
+        address = bytes
+      }
+      let net = Net(id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256)
+      draft.add(.net(net), id: try values.id(), option: values.option)
+    },
+    Option(
+      "generic-vhost-user",
+      .list(keys: [
+        KeyDescription("socket", "PATH", required: true, "listening socket of the back end"),
+        KeyDescription("device_type", "NAME|ID", required: true, "virtio device type, such as fs or 26"),
+        KeyDescription("queue_sizes", "[N,...]", required: true, "descriptors of each queue"),
+        KeyDescription("id", "NAME", "name of the device"),
+      ]), .many, group: "Devices", summary: "any virtio device behind a vhost-user socket",
+      example: "--generic-vhost-user socket=fs.sock,device_type=fs,queue_sizes=[128,128]"
+    ) { (draft, values) throws(ConfigurationError) in
+      let typeText = try values.required("device_type")
+      guard let type = VirtioDeviceName.id(typeText) else {
+        let near = EditDistance.nearest(to: typeText, in: VirtioDeviceName.names).map { " (did you mean '\($0)'?)" } ?? ""
+        throw values.bad("device_type", "a virtio device name or a number from 1 to 63\(near)")
+      }
+      let rule = "a list of 1 to \(Limits.queues) powers of two from 2 to \(Limits.queueSize), such as [128,128]"
+      guard let numbers = ListGrammar.numbers(of: try values.required("queue_sizes"), limit: Limits.queues) else {
+        throw values.bad("queue_sizes", rule)
+      }
+      let sizes = numbers.compactMap(checkedQueueSize)
+      guard !sizes.isEmpty, sizes.count == numbers.count else { throw values.bad("queue_sizes", rule) }
+      guard let socket = try values.socketPath("socket") else {
+        throw .missingKey(option: values.option, key: "socket", example: values.example)
+      }
+      let generic = GenericVhostUser(id: "", socket: socket, deviceType: type, queueSizes: sizes)
+      draft.add(.generic(generic), id: try values.id(), option: values.option)
+    },
+  ]
+
+  private static let terminalShape = Option.Shape.list(
+    keys: [
+      KeyDescription("file", "PATH", "output is appended to the file"),
+      KeyDescription("socket", "PATH", "listening Unix socket made for it"),
+    ],
+    words: [
+      KeyDescription("tty", "", "the terminal that martlet runs on"),
+      KeyDescription("pty", "", "a new pseudo-terminal, whose path is printed"),
+      KeyDescription("null", "", "output is dropped"),
+      KeyDescription("off", "", "the device does not exist"),
+    ])
+
+  private static let terminalOptions: [Option] = [
+    Option(
+      "console", terminalShape, group: "Consoles",
+      summary: "virtio console (hvc0); tty when left out", example: "--console tty"
+    ) { (draft, values) throws(ConfigurationError) in draft.console = try terminal(values) },
+    Option(
+      "serial", terminalShape, group: "Consoles",
+      summary: "serial port (ttyS0); null when left out", example: "--serial file=boot.log"
+    ) { (draft, values) throws(ConfigurationError) in draft.serial = try terminal(values) },
+  ]
+
+  private static func terminal(_ values: OptionValues) throws(ConfigurationError) -> Terminal {
+    guard values.parts.count == 1 else {
+      throw values.badText("one of tty, pty, file=PATH, socket=PATH, null, off")
+    }
+    if let path = try values.path("file") { return .file(path) }
+    if let path = try values.socketPath("socket") { return .socket(path) }
+    switch values.parts[0].key {
+    case "tty": return .tty
+    case "pty": return .pty
+    case "null": return .null
+    default: return .off
+    }
+  }
+
+  private static let controlOptions: [Option] = [
+    Option(
+      "name", .text("NAME"), group: "Running", summary: "name of the VM in process titles and logs; vm when left out",
+      example: "--name web1"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isName(values.text) else { throw values.badText(nameRule) }
+      draft.result.name = values.text
+    },
+    Option(
+      "control", .text("PATH"), group: "Running", summary: "socket for martlet ctl", example: "--control web1.ctl"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isSocketPath(values.text) else { throw values.badText("a socket path of 1 to 107 bytes") }
+      draft.result.control = values.text
+    },
+    Option(
+      "deadline",
+      .list(keys: [
+        KeyDescription("ready", "MS", "from the start of a process to its READY; 5000 when left out"),
+        KeyDescription("connect", "MS", "for connecting to a back end's socket; 2000 when left out"),
+        KeyDescription("reply", "MS", "for each answer of a back end; 5000 when left out"),
+      ]), group: "Running", summary: "how long to wait, in milliseconds", example: "--deadline ready=10000"
+    ) { (draft, values) throws(ConfigurationError) in
+      let range = 1...Limits.milliseconds
+      if let time = try values.number("ready", in: range) { draft.result.deadlines.ready = UInt32(time) }
+      if let time = try values.number("connect", in: range) { draft.result.deadlines.connect = UInt32(time) }
+      if let time = try values.number("reply", in: range) { draft.result.deadlines.reply = UInt32(time) }
+    },
+    Option(
+      "uid-base", .text("UID"), group: "Running",
+      summary: "first of 60 uids for the VM's processes when run as root", example: "--uid-base 1900000000"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard let uid = Quantity.unsigned(values.text), (1...0xFFFF_FF00).contains(uid) else {
+        throw values.badText("a uid from 1 to 4294967040")
+      }
+      draft.result.uidBase = UInt32(uid)
+    },
+  ]
+}
+
+extension OptionValues {
+  /// The socket of an external back end when `vhost_user=on`; nil when we serve the device ourselves.
+  fileprivate func vhostUserSocket(excluding keys: [String]) throws(ConfigurationError) -> String? {
+    guard try onOff("vhost_user", default: false) else {
+      if has(key: "socket") {
+        throw .conflict("--\(option) socket=", "vhost_user=off", remedy: "add vhost_user=on or leave out socket=")
+      }
+      return nil
+    }
+    for key in keys where has(key: key) {
+      throw .conflict("--\(option) vhost_user=on", "\(key)=", remedy: "leave out \(key)=, the back end decides it")
+    }
+    guard let path = try socketPath("socket") else {
+      throw .missingKey(option: option, key: "socket", example: "--\(option) vhost_user=on,socket=backend.sock")
+    }
+    return path
+  }
+}

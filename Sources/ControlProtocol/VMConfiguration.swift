@@ -1,0 +1,155 @@
+/// One VM as the command line describes it, checked as far as text can be checked: every number is in range, every name
+/// and path is well formed, ids are unique. Nothing has been opened.
+package struct VMConfiguration: Equatable, Sendable {
+  /// What the parser and the core hold themselves to.
+  package enum Limits {
+    /// xAPIC ids are 8 bits wide and 255 is the broadcast.
+    package static let cpus = 254
+    /// Smallest memory in bytes: real-mode area, zero page and a micro guest.
+    package static let smallestMemory: UInt64 = 1 << 20
+    /// Largest memory in bytes: leaves room for device windows in 46 physical address bits.
+    package static let largestMemory: UInt64 = 32 << 40
+    /// PCI bus 0 has 32 slots; slot 0 is the host bridge, slot 31 is kept for platform functions.
+    package static let devices = 30
+    /// vhost-user names a queue with 8 bits in its kick and call messages.
+    package static let queues = 256
+    package static let queueSize: UInt64 = 32768
+    /// COMMAND_LINE_SIZE of x86 is 2048 with the terminating NUL.
+    package static let commandLine = 2047
+    package static let name = 32
+    /// VIRTIO_BLK_ID_BYTES.
+    package static let serial = 20
+    /// IFNAMSIZ without the NUL.
+    package static let interfaceName = 15
+    package static let milliseconds: UInt64 = 600_000
+  }
+
+  package struct Disk: Equatable, Sendable {
+    package enum Source: Equatable, Sendable {
+      case image(path: String, readOnly: Bool)
+      /// A back end started by someone else, listening on this socket.
+      case socket(String)
+    }
+    package var id: String
+    package var source: Source
+    /// What GET_ID answers, at most 20 bytes; nil for the default (the id).
+    package var serial: String?
+    package var queueCount: UInt16
+    package var queueSize: UInt16
+  }
+
+  package struct Net: Equatable, Sendable {
+    package enum Source: Equatable, Sendable {
+      case tap(String)
+      case socket(String)
+    }
+    package var id: String
+    package var source: Source
+    /// Six bytes; nil lets the supervisor derive one from VM name and id.
+    package var mac: [UInt8]?
+    package var queueSize: UInt16
+  }
+
+  package struct GenericVhostUser: Equatable, Sendable {
+    package var id: String
+    package var socket: String
+    package var deviceType: UInt16
+    package var queueSizes: [UInt16]
+  }
+
+  /// Where the bytes of a console or of the serial port go on the host.
+  package enum Terminal: Equatable, Sendable {
+    /// The terminal (or pipe) that `martlet run` was started on.
+    case tty
+    /// A new pseudo-terminal whose path is printed.
+    case pty
+    case file(String)
+    /// A listening Unix socket, made by the supervisor.
+    case socket(String)
+    /// Output is dropped, no input.
+    case null
+    /// The device does not exist.
+    case off
+  }
+
+  package struct Deadlines: Equatable, Sendable {
+    /// From the start of a process to its READY, in milliseconds.
+    package var ready: UInt32 = 5000
+    /// For connecting to a socket of an external back end, in milliseconds.
+    package var connect: UInt32 = 2000
+    /// For each answer of a back end, in milliseconds.
+    package var reply: UInt32 = 5000
+  }
+
+  package var name = "vm"
+  package var kernel = ""
+  package var initramfs: String?
+  package var commandLine = ""
+  package var cpuCount = 1
+  package var memorySize: UInt64 = 512 << 20
+  package var disks: [Disk] = []
+  package var nets: [Net] = []
+  package var generics: [GenericVhostUser] = []
+  package var console: Terminal = .tty
+  package var serial: Terminal = .null
+  /// Socket path for `martlet ctl`.
+  package var control: String?
+  package var restartsOnReset = true
+  package var deadlines = Deadlines()
+  /// First uid of the range for this VM's processes; nil lets the supervisor choose.
+  package var uidBase: UInt32?
+
+  /// Reads the arguments of `martlet run` (without the verb).
+  package init(arguments: [String]) throws(ConfigurationError) {
+    var draft = Draft()
+    try VMConfiguration.optionTable.apply(arguments, to: &draft)
+    self = try draft.finish()
+  }
+
+  init() {}
+
+  /// Devices that take a PCI slot and a vhost-user session.
+  package var deviceCount: Int { disks.count + nets.count + generics.count + (console == .off ? 0 : 1) }
+}
+
+extension VMConfiguration {
+  package static let nameRule = "1 to 32 letters, digits, '.', '_' or '-', not beginning with '.' or '-'"
+
+  package static func isName(_ text: String) -> Bool {
+    guard let first = text.utf8.first, first != UInt8(ascii: "."), first != UInt8(ascii: "-") else { return false }
+    return text.utf8.count <= Limits.name
+      && text.utf8.allSatisfy { byte in
+        switch byte {
+        case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
+          UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "."), UInt8(ascii: "_"), UInt8(ascii: "-"):
+          true
+        default: false
+        }
+      }
+  }
+
+  package static func isPath(_ text: String) -> Bool {
+    (1...4095).contains(text.utf8.count) && !text.utf8.contains(0)
+  }
+
+  package static func isSocketPath(_ text: String) -> Bool { isPath(text) && text.utf8.count <= 107 }
+
+  package static func checkedQueueSize(_ number: UInt64) -> UInt16? {
+    guard (2...Limits.queueSize).contains(number), number & (number - 1) == 0 else { return nil }
+    return UInt16(number)
+  }
+
+  /// `52:54:00:12:34:56`: six pairs of hexadecimal digits, a unicast address, not all zero.
+  package static func mac(_ text: String) -> [UInt8]? {
+    let groups = text.split(separator: ":", omittingEmptySubsequences: false)
+    guard groups.count == 6 else { return nil }
+    var bytes: [UInt8] = []
+    for group in groups {
+      let digits = group.utf8.compactMap(Quantity.hexadecimalDigit)
+      guard digits.count == 2, group.utf8.count == 2 else { return nil }
+      bytes.append(digits[0] << 4 | digits[1])
+    }
+    guard bytes[0] & 1 == 0, bytes.contains(where: { $0 != 0 }) else { return nil }
+    return bytes
+  }
+}
