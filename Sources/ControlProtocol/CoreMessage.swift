@@ -1,3 +1,5 @@
+import VirtioSpec
+
 /// What the core tells the supervisor. Answers carry the sequence of the request, reports carry 0.
 /// `protocol/control.md` has the bytes.
 package enum CoreMessage: Equatable, Sendable {
@@ -132,7 +134,7 @@ package struct DeviceReport: Equatable, Sendable {
   package var id: String
   package var state: State
   /// Virtio features the driver accepted; before that, those offered to it.
-  package var features: UInt64
+  package var features: FeatureSet
   /// vhost-user protocol features in use.
   package var protocolFeatures: UInt64
   package var queues: [Queue]
@@ -140,7 +142,7 @@ package struct DeviceReport: Equatable, Sendable {
   package var reason: String
 
   package init(
-    id: String, state: State, features: UInt64, protocolFeatures: UInt64, queues: [Queue], reason: String = ""
+    id: String, state: State, features: FeatureSet, protocolFeatures: UInt64, queues: [Queue], reason: String = ""
   ) {
     self.id = id
     self.state = state
@@ -188,7 +190,7 @@ extension CoreMessage {
       }
     case .device(let report):
       writer.number(report.state.rawValue)
-      writer.number(report.features)
+      writer.number(report.features.rawValue)
       writer.number(report.protocolFeatures)
       writer.text(report.id)
       writer.list(report.queues) { writer, queue in
@@ -251,7 +253,7 @@ extension DeviceReport {
   fileprivate init(from reader: inout WireReader) throws(MessageError) {
     guard let state = State(rawValue: try reader.number()) else { throw .badField("state") }
     self.state = state
-    features = try reader.number()
+    features = FeatureSet(rawValue: try reader.number())
     protocolFeatures = try reader.number()
     id = try reader.identifier()
     queues = try reader.list("queues", limit: VMConfiguration.Limits.queues) { reader throws(MessageError) in

@@ -1,3 +1,5 @@
+import VirtioSpec
+
 /// What the supervisor tells the core. `protocol/control.md` has the bytes.
 package enum SupervisorMessage: Equatable, Sendable {
   /// The first message. Descriptors: /dev/kvm, kernel, and the initramfs when `hasInitramfs`. Answered by
@@ -63,20 +65,19 @@ package struct CoreConfiguration: Equatable, Sendable {
 /// One virtio-pci function and the vhost-user session behind it.
 package struct DeviceAssignment: Equatable, Sendable {
   package var id: String
-  /// Virtio device type (virtio 1.3, section 5).
-  package var deviceType: UInt16
+  package var deviceType: DeviceID
   /// Device number on PCI bus 0, 1 to 31.
   package var pciSlot: UInt8
   /// One entry per queue: the largest size offered to the guest.
   package var queueSizes: [UInt16]
   /// Virtio feature bits that may be offered to the guest if the back end has them.
-  package var allowedFeatures: UInt64
+  package var allowedFeatures: FeatureSet
   /// Fixed config space bytes for devices whose back end does not keep it (net: MAC, status, mtu); empty when the back
   /// end answers GET_CONFIG.
   package var configuration: [UInt8]
 
   package init(
-    id: String, deviceType: UInt16, pciSlot: UInt8, queueSizes: [UInt16], allowedFeatures: UInt64 = .max,
+    id: String, deviceType: DeviceID, pciSlot: UInt8, queueSizes: [UInt16], allowedFeatures: FeatureSet = FeatureSet(rawValue: .max),
     configuration: [UInt8] = []
   ) {
     self.id = id
@@ -134,9 +135,9 @@ extension SupervisorMessage {
       writer.text(configuration.name)
       writer.text(configuration.commandLine)
     case .device(let device):
-      writer.number(device.deviceType)
+      writer.number(device.deviceType.rawValue)
       writer.number(device.pciSlot)
-      writer.number(device.allowedFeatures)
+      writer.number(device.allowedFeatures.rawValue)
       writer.text(device.id)
       writer.list(device.queueSizes) { $0.number($1) }
       writer.list(device.configuration) { $0.number($1) }
@@ -200,11 +201,11 @@ extension CoreConfiguration {
 
 extension DeviceAssignment {
   fileprivate init(from reader: inout WireReader) throws(MessageError) {
-    deviceType = try reader.number()
-    guard (1...63).contains(deviceType) else { throw .badField("deviceType") }
+    deviceType = DeviceID(rawValue: try reader.number())
+    guard (1...DeviceID.greatest).contains(deviceType.rawValue) else { throw .badField("deviceType") }
     pciSlot = try reader.number()
     guard (1...31).contains(pciSlot) else { throw .badField("pciSlot") }
-    allowedFeatures = try reader.number()
+    allowedFeatures = FeatureSet(rawValue: try reader.number())
     id = try reader.identifier()
     queueSizes = try reader.list("queueSizes", limit: VMConfiguration.Limits.queues) { reader throws(MessageError) in
       guard let size = VMConfiguration.checkedQueueSize(UInt64(try reader.number(UInt16.self))) else {

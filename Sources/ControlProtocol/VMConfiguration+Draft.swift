@@ -38,7 +38,7 @@ extension VMConfiguration {
           net.id = entry.id ?? Self.freeID("net", &places)
           result.nets.append(net)
         case .generic(var generic):
-          generic.id = entry.id ?? Self.freeID(VirtioDeviceName.name(generic.deviceType), &places)
+          generic.id = entry.id ?? Self.freeID(generic.deviceType.description, &places)
           result.generics.append(generic)
         }
       }

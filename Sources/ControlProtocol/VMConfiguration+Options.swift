@@ -1,3 +1,5 @@
+import VirtioSpec
+
 extension VMConfiguration {
   /// The options of `martlet run`, in the order in which `--help` shows them.
   package static let optionTable = OptionTable<Draft>(
@@ -132,8 +134,8 @@ extension VMConfiguration {
       example: "--generic-vhost-user socket=fs.sock,device_type=fs,queue_sizes=[128,128]"
     ) { (draft, values) throws(ConfigurationError) in
       let typeText = try values.required("device_type")
-      guard let type = VirtioDeviceName.id(typeText) else {
-        let near = EditDistance.nearest(to: typeText, in: VirtioDeviceName.names).map { " (did you mean '\($0)'?)" } ?? ""
+      guard let type = DeviceID(nameOrNumber: typeText) else {
+        let near = EditDistance.nearest(to: typeText, in: DeviceID.named.map(\.name)).map { " (did you mean '\($0)'?)" } ?? ""
         throw values.bad("device_type", "a virtio device name or a number from 1 to 63\(near)")
       }
       let rule = "a list of 1 to \(Limits.queues) powers of two from 2 to \(Limits.queueSize), such as [128,128]"

@@ -1,3 +1,5 @@
+import VirtioSpec
+
 /// One VM as the command line describes it, checked as far as text can be checked: every number is in range, every name
 /// and path is well formed, ids are unique. Nothing has been opened.
 package struct VMConfiguration: Equatable, Sendable {
@@ -53,7 +55,7 @@ package struct VMConfiguration: Equatable, Sendable {
   package struct GenericVhostUser: Equatable, Sendable {
     package var id: String
     package var socket: String
-    package var deviceType: UInt16
+    package var deviceType: DeviceID
     package var queueSizes: [UInt16]
   }
 

@@ -1,0 +1,218 @@
+import ControlProtocol
+import Testing
+import VirtioSpec
+
+private func parse(_ arguments: String...) throws -> VMConfiguration { try VMConfiguration(arguments: arguments) }
+
+/// The line that a person sees, or nil when the arguments are accepted.
+private func complaint(_ arguments: String...) -> String? {
+  do throws(ConfigurationError) {
+    _ = try VMConfiguration(arguments: ["--kernel", "k"] + arguments)
+    return nil
+  } catch { return error.message }
+}
+
+@Suite struct CommandLineTests {
+  @Test func kernelAloneIsAVM() throws {
+    let vm = try parse("--kernel", "bzImage")
+    #expect(vm.kernel == "bzImage")
+    #expect(vm.cpuCount == 1)
+    #expect(vm.memorySize == 512 << 20)
+    #expect(vm.console == .tty)
+    #expect(vm.serial == .null)
+    #expect(vm.restartsOnReset)
+  }
+
+  @Test func valueMayFollowOrBeAttached() throws {
+    let vm = try parse("--kernel=a=b", "--cmdline=--quiet", "--name", "web1", "--no-reboot", "--cpus=boot=4")
+    #expect(vm.kernel == "a=b")
+    #expect(vm.commandLine == "--quiet")
+    #expect(vm.name == "web1")
+    #expect(vm.cpuCount == 4)
+    #expect(!vm.restartsOnReset)
+  }
+
+  @Test func severalValuesPerFlagAndRepeatedFlagsMakeOneList() throws {
+    let vm = try parse("--disk", "path=a", "path=b,readonly=on,id=x", "--kernel", "k", "--disk=path=c,serial=S1")
+    #expect(vm.disks.map(\.id) == ["blk0", "x", "blk1"])
+    #expect(vm.disks[1].source == .image(path: "b", readOnly: true))
+    #expect(vm.disks[2].serial == "S1")
+  }
+
+  @Test func automaticIDsKeepClearOfGivenOnes() throws {
+    let vm = try parse("--kernel", "k", "--disk", "path=a", "path=b,id=blk0", "--net", "tap=t0")
+    #expect(vm.disks.map(\.id) == ["blk1", "blk0"])
+    #expect(vm.nets.map(\.id) == ["net0"])
+  }
+
+  @Test func quotesAndBracketsProtectCommas() throws {
+    let vm = try parse(
+      "--kernel", "k", "--disk", "path=\"a,b=\"\"c\"\".img\",id=d",
+      "--generic-vhost-user", "socket=s,device_type=fs,queue_sizes=[64,128]")
+    #expect(vm.disks[0].source == .image(path: "a,b=\"c\".img", readOnly: false))
+    #expect(vm.generics[0].queueSizes == [64, 128])
+    #expect(vm.generics[0].deviceType == .fileSystem)
+    #expect(vm.generics[0].id == "fs0")
+  }
+
+  @Test func backEndsStartedByHandAreNamedBySocket() throws {
+    let vm = try parse(
+      "--kernel", "k", "--disk", "vhost_user=on,socket=b.sock,num_queues=2", "--net", "vhost_user=on,socket=n.sock",
+      "--generic-vhost-user", "socket=g.sock,device_type=0x1a,queue_sizes=[2]")
+    #expect(vm.disks[0].source == .socket("b.sock"))
+    #expect(vm.disks[0].queueCount == 2)
+    #expect(vm.nets[0].source == .socket("n.sock"))
+    #expect(vm.generics[0].deviceType.rawValue == 26)
+  }
+
+  @Test(arguments: [
+    ("tty", VMConfiguration.Terminal.tty), ("pty", .pty), ("null", .null), ("off", .off), ("file=/x", .file("/x")),
+    ("socket=/s", .socket("/s")),
+  ])
+  func consoleWords(_ text: String, _ terminal: VMConfiguration.Terminal) throws {
+    #expect(try parse("--kernel", "k", "--console", text).console == terminal)
+  }
+
+  @Test func serialTakesTheTerminalFromTheConsoleUnlessBothAskForIt() throws {
+    let vm = try parse("--kernel", "k", "--serial", "tty")
+    #expect(vm.console == .null)
+    #expect(complaint("--serial", "tty", "--console", "tty")?.hasPrefix("--console tty and --serial tty exclude") == true)
+  }
+
+  @Test(arguments: [
+    ("512M", 512 << 20 as UInt64), ("1G", 1 << 30), ("2T", 2 << 40), ("1048576", 1 << 20), ("2048K", 2 << 20),
+    ("0x200000", 2 << 20),
+  ])
+  func sizes(_ text: String, _ bytes: UInt64) throws {
+    #expect(try parse("--kernel", "k", "--memory", "size=\(text)").memorySize == bytes)
+  }
+
+  @Test(arguments: ["0", "1", "4097K1", "-1G", "1.5G", "99999999999999T", "64T", "1048577", "G", ""])
+  func absurdMemoryIsRefusedWithTheRange(_ text: String) {
+    #expect(
+      complaint("--memory", "size=\(text)")
+        == "Value '\(text)' does not fit --memory size; it wants a multiple of 4K from 1M to 32T")
+  }
+
+  @Test(arguments: ["0", "255", "-1", "many", "", "99999999999999999999"])
+  func absurdProcessorCountsAreRefusedWithTheRange(_ text: String) {
+    #expect(complaint("--cpus", "boot=\(text)") == "Value '\(text)' does not fit --cpus boot; it wants a number from 1 to 254")
+  }
+
+  @Test(arguments: [
+    ("--dsik", "--disk"), ("--kernal", "--kernel"), ("--mem", "--memory"), ("--command-line", "--cmdline"),
+    ("--Console", "--console"), ("--initrd", "--initramfs"), ("--no-reset", "--no-reboot"),
+  ])
+  func unknownOptionNamesTheNearest(_ wrong: String, _ right: String) {
+    #expect(complaint(wrong, "x") == "Unknown option \(wrong); did you mean \(right)?")
+  }
+
+  @Test func optionLikeNothingPointsToHelp() {
+    #expect(complaint("--zzzzzzzz") == "Unknown option --zzzzzzzz; martlet run --help lists the options")
+  }
+
+  @Test func unknownKeyNamesTheNearestAndTheOthers() {
+    #expect(
+      complaint("--disk", "path=a,read_only=on")
+        == "Unknown key 'read_only' in --disk; did you mean 'readonly'? It knows path, readonly, id, serial, "
+        + "num_queues, queue_size, vhost_user, socket")
+    #expect(complaint("--cpus", "bot=1") == "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot")
+    #expect(complaint("--net", "zzzzzz=1")?.hasPrefix("Unknown key 'zzzzzz' in --net; it knows tap, mac") == true)
+  }
+
+  @Test func bareWordsAreExplained() {
+    #expect(complaint("--disk", "a.img") == "Option --disk does not understand 'a.img'; write for example --disk path=root.img")
+    #expect(complaint("--console", "tyt") == "Option --console does not understand 'tyt'; did you mean 'tty'?")
+    #expect(complaint("--console", "tty,pty")?.contains("one of tty, pty") == true)
+  }
+
+  @Test func sameIDTwiceNamesBothPlaces() {
+    #expect(
+      complaint("--disk", "path=a,id=x", "--net", "tap=t,id=x")
+        == "Two devices have the id 'x' (--disk number 1 and --net number 1); give one of them another id=")
+    #expect(complaint("--disk", "path=a,id=con0")?.contains("the console and --disk number 1") == true)
+  }
+
+  @Test func oneThingForTwoUsesIsRefused() {
+    #expect(complaint("--disk", "path=a", "path=a")?.contains("disk blk0 and disk blk1 (both a) exclude") == true)
+    #expect(complaint("--disk", "path=a,readonly=on", "path=a,readonly=on") == nil)
+    #expect(complaint("--net", "tap=t", "tap=t")?.contains("(both t)") == true)
+    #expect(complaint("--control", "s", "--console", "socket=s")?.contains("(both s)") == true)
+  }
+
+  @Test(arguments: [
+    (["--disk"], "Option --disk wants a value; write for example --disk path=root.img"),
+    (["--cpus", "--name", "x"], "Option --cpus wants a value; write for example --cpus boot=2"),
+    (["stray"], "Argument 'stray' belongs to no option; martlet run --help lists the options"),
+    (["--name", "a", "b"], "Argument 'b' belongs to no option; martlet run --help lists the options"),
+    (["--no-reboot=on"], "Option --no-reboot takes no value; leave out 'on'"),
+    (["--kernel", "again"], "Option --kernel is given twice; leave one out"),
+    (["--disk", "path=a,path=b"], "Key 'path' is given twice in one --disk; leave one out"),
+    (["--disk", "readonly=on"], "Option --disk lacks 'path='; write for example --disk path=root.img"),
+    (["--disk", "path=a,readonly=yes"], "Value 'yes' does not fit --disk readonly; it wants on or off"),
+    (["--disk", "path=\"a"], "A quote or bracket is not closed in --disk 'path=\"a'; close it"),
+    (["--disk", "vhost_user=on"], "Option --disk lacks 'socket='; write for example --disk vhost_user=on,socket=backend.sock"),
+    (["--name", "a/b"], "Value 'a/b' does not fit --name; it wants \(VMConfiguration.nameRule)"),
+    (["--net", "tap=a/b"], "Value 'a/b' does not fit --net tap; it wants an interface name of 1 to 15 characters"),
+  ])
+  func everyRefusalIsOneLine(_ arguments: [String], _ line: String) {
+    do throws(ConfigurationError) {
+      _ = try VMConfiguration(arguments: ["--kernel", "k"] + arguments)
+      Issue.record("accepted \(arguments)")
+    } catch {
+      #expect(error.message == line)
+      #expect(!error.message.contains("\n"))
+    }
+  }
+
+  @Test(arguments: ["01:00:00:00:00:01", "00:00:00:00:00:00", "52:54:00:12:34", "52:54:00:12:34:5", "xx:54:00:12:34:56"])
+  func badMACIsRefused(_ text: String) { #expect(complaint("--net", "tap=t,mac=\(text)")?.contains("unicast") == true) }
+
+  @Test func missingKernelIsNamed() {
+    #expect(throws: ConfigurationError.missingOption("kernel", example: "--kernel bzImage")) { try parse("--name", "x") }
+  }
+
+  @Test func thirtyOneDevicesAreTooMany() {
+    let disks = (0..<31).flatMap { ["--disk", "path=\($0)"] }
+    #expect(throws: ConfigurationError.tooMany(what: "devices", count: 32, limit: 30)) {
+      try VMConfiguration(arguments: ["--kernel", "k"] + disks)
+    }
+  }
+
+  @Test(arguments: ["[1]", "[2,3]", "[]", "64", "[64", "[65536]", "[2-4000000000]"])
+  func badQueueSizesAreRefused(_ text: String) {
+    #expect(complaint("--generic-vhost-user", "socket=s,device_type=fs,queue_sizes=\(text)") != nil)
+  }
+
+  @Test func numberListsKnowRanges() {
+    #expect(ListGrammar.numbers(of: "[1,3-5]", limit: 8) == [1, 3, 4, 5])
+    #expect(ListGrammar.numbers(of: "[0-18446744073709551615]", limit: 8) == nil)
+    #expect(ListGrammar.items(of: "[0@[1,2],1@[3]]") == ["0@[1,2]", "1@[3]"])
+  }
+
+  @Test func helpNamesEveryOptionAndKey() {
+    let text = HelpText.render(usage: "u", intro: "i", table: VMConfiguration.optionTable)
+    for option in VMConfiguration.optionTable.options {
+      #expect(text.contains("--\(option.name) "))
+      if case .list(let keys, let words) = option.shape {
+        for key in keys { #expect(text.contains("\(key.name)=\(key.value)")) }
+        for word in words { #expect(text.contains("  \(word.name)")) }
+      }
+    }
+    #expect(text.split(separator: "\n").allSatisfy { $0.count <= 120 })
+  }
+
+  @Test func everyExampleInTheTableIsAccepted() throws {
+    for option in VMConfiguration.optionTable.options where option.name != "cmdline" {
+      let words = option.example.split(separator: " ").map(String.init)
+      let kernel = option.name == "kernel" ? [] : ["--kernel", "k"]
+      _ = try VMConfiguration(arguments: kernel + words)
+    }
+  }
+
+  @Test func editDistanceCountsSwapsAsOne() {
+    #expect(EditDistance.between("disk", "dsik") == 1)
+    #expect(EditDistance.between("", "abc") == 3)
+    #expect(EditDistance.between("kitten", "sitting") == 3)
+  }
+}
