@@ -24,8 +24,8 @@ package enum EditDistance {
     return previous[b.count]
   }
 
-  /// The nearest of `candidates`, or nil when nothing is so near that it could have been meant: a prefix either way,
-  /// or fewer changes than half of the word.
+  /// The nearest of `candidates`, or nil when nothing is so near that it could have been meant: one begins with the other,
+  /// more than half of the word begins alike, or at most half of it needs changing.
   package static func nearest(to word: String, in candidates: [String]) -> String? {
     guard !word.isEmpty, word.utf8.count <= longestWord else { return nil }
     let folded = word.lowercased().split(separator: "_").joined(separator: "-")
@@ -34,6 +34,8 @@ package enum EditDistance {
       let plain = candidate.split(separator: "_").joined(separator: "-")
       var distance = between(folded, plain)
       if plain.hasPrefix(folded) || folded.hasPrefix(plain) { distance = min(distance, 1) }
+      let alike = zip(plain.utf8, folded.utf8).prefix { $0 == $1 }.count
+      if alike * 2 > folded.utf8.count { distance = min(distance, folded.utf8.count / 2) }
       if best.map({ distance < $0.distance }) ?? true { best = (candidate, distance) }
     }
     guard let best, best.distance * 2 <= max(word.utf8.count, 2) else { return nil }
