@@ -115,9 +115,15 @@ let testTargets: [Target] = [
   tests("FrontEndTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport", "FrontEnd", "TestSupport"]),
   tests("SupervisionTests", ["CLinux", "HostSystem", "ControlProtocol", "Supervision", "TestSupport"]),
   tests("MachineTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot", "Machine", "TestSupport"]),
-  tests("BlockDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "DiskImage", "BackendKit", "BlockDevice", "TestSupport"]),
-  tests("NetDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "NetDevice", "TestSupport"]),
-  tests("ConsoleDeviceTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "ConsoleDevice", "TestSupport"]),
+  tests(
+    "BlockDeviceTests",
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "DiskImage", "BackendKit", "BlockDevice", "TestSupport"]),
+  tests(
+    "NetDeviceTests",
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "NetDevice", "TestSupport"]),
+  tests(
+    "ConsoleDeviceTests",
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "ConsoleDevice", "TestSupport"]),
   tests("MonitorTests", everything + ["TestSupport"]),
   tests("ConformanceTests", everything + ["TestSupport"]),
   tests("IsolationTests", everything + ["TestSupport"]),

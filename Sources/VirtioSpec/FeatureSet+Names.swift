@@ -40,7 +40,7 @@ extension FeatureSet {
       ]
     case .fileSystem:
       [
-        (0, "NOTIFICATION"),
+        (0, "NOTIFICATION")
       ]
     case .balloon:
       [
@@ -53,7 +53,7 @@ extension FeatureSet {
       ]
     case .persistentMemory:
       [
-        (0, "SHMEM_REGION"),
+        (0, "SHMEM_REGION")
       ]
     case .scsi:
       [

@@ -122,7 +122,7 @@ private func isOpen(_ number: CInt) -> Bool { clinux_fcntl(number, F_GETFD, 0) >
     checkEqual(nothing, .wouldBlock)
     pair.split { first, second in
       close(first.release())
-        let end = receive(second).transfer
+      let end = receive(second).transfer
       checkEqual(end, .end)
       checkEqual(UnixSocket.send(second, [1]), .failed(.brokenPipe))
     }

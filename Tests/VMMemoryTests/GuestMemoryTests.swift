@@ -10,7 +10,8 @@ private func sample() throws -> GuestMemory {
   let fd = try SharedMemory.sealed(name: "guest", byteCount: 4 * page)
   func region(_ guest: UInt64, _ count: UInt64, _ offset: UInt64) throws -> MemoryRegion {
     try MemoryRegion.mapping(
-      fd, guestAddress: GuestAddress(guest), byteCount: count, frontEndAddress: 0x7000_0000 + guest, fileOffset: offset, allowUnsealed: false)
+      fd, guestAddress: GuestAddress(guest), byteCount: count, frontEndAddress: 0x7000_0000 + guest, fileOffset: offset,
+      allowUnsealed: false)
   }
   return try GuestMemory(regions: [region(0x100_0000, page, 3 * page), region(0, 2 * page, 0), region(2 * page, page, 2 * page)])
 }
@@ -81,7 +82,8 @@ private func sample() throws -> GuestMemory {
     try fd.writeAll([UInt8](repeating: 1, count: 8192))
     unlink(path)
     #expect(throws: MemoryError.self) {
-      _ = try MemoryRegion.mapping(fd, guestAddress: GuestAddress(0), byteCount: page, frontEndAddress: 0, fileOffset: 0, allowUnsealed: false)
+      _ = try MemoryRegion.mapping(
+        fd, guestAddress: GuestAddress(0), byteCount: page, frontEndAddress: 0, fileOffset: 0, allowUnsealed: false)
     }
     let region = try MemoryRegion.mapping(
       fd, guestAddress: GuestAddress(0), byteCount: page, frontEndAddress: 0, fileOffset: 100, allowUnsealed: true)
