@@ -72,19 +72,23 @@ package struct DeviceAssignment: Equatable, Sendable {
   package var queueSizes: [UInt16]
   /// Virtio feature bits that may be offered to the guest if the back end has them.
   package var allowedFeatures: FeatureSet
+  /// Feature bits that the core offers itself, whatever the back end says, because they concern only the config space
+  /// it serves (net: MAC, STATUS). They are not sent to the back end.
+  package var ownFeatures: FeatureSet
   /// Fixed config space bytes for devices whose back end does not keep it (net: MAC, status, mtu); empty when the back
   /// end answers GET_CONFIG.
   package var configuration: [UInt8]
 
   package init(
     id: String, deviceType: DeviceID, pciSlot: UInt8, queueSizes: [UInt16], allowedFeatures: FeatureSet = FeatureSet(rawValue: .max),
-    configuration: [UInt8] = []
+    ownFeatures: FeatureSet = [], configuration: [UInt8] = []
   ) {
     self.id = id
     self.deviceType = deviceType
     self.pciSlot = pciSlot
     self.queueSizes = queueSizes
     self.allowedFeatures = allowedFeatures
+    self.ownFeatures = ownFeatures
     self.configuration = configuration
   }
 }
@@ -138,6 +142,7 @@ extension SupervisorMessage {
       writer.number(device.deviceType.rawValue)
       writer.number(device.pciSlot)
       writer.number(device.allowedFeatures.rawValue)
+      writer.number(device.ownFeatures.rawValue)
       writer.text(device.id)
       writer.list(device.queueSizes) { $0.number($1) }
       writer.list(device.configuration) { $0.number($1) }
@@ -206,6 +211,7 @@ extension DeviceAssignment {
     pciSlot = try reader.number()
     guard (1...31).contains(pciSlot) else { throw .badField("pciSlot") }
     allowedFeatures = FeatureSet(rawValue: try reader.number())
+    ownFeatures = FeatureSet(rawValue: try reader.number())
     id = try reader.identifier()
     queueSizes = try reader.list("queueSizes", limit: VMConfiguration.Limits.queues) { reader throws(MessageError) in
       guard let size = VMConfiguration.checkedQueueSize(UInt64(try reader.number(UInt16.self))) else {

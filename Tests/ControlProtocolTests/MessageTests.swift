@@ -12,7 +12,7 @@ private let toCore: [SupervisorMessage] = [
   .device(
     DeviceAssignment(
       id: "net0", deviceType: .net, pciSlot: 31, queueSizes: [2, 32768], allowedFeatures: FeatureSet(rawValue: 1 << 63),
-      configuration: [1, 2, 3])),
+      ownFeatures: [.version1], configuration: [1, 2, 3])),
   .stream(.serial), .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .reattach(id: "blk0"),
 ]
 
