@@ -58,6 +58,8 @@ int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t
   return result(epoll_ctl(epoll, operation, fd, &event));
 }
 
+int clinux_dup3(int fd, int number) { return result(dup3(fd, number, O_CLOEXEC)); }
+
 int clinux_accept(int listener) { return result(accept4(listener, NULL, NULL, SOCK_CLOEXEC)); }
 
 int clinux_punch_hole(int fd, off_t offset, off_t length) {

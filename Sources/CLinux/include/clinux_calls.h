@@ -40,6 +40,8 @@ int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking);
 int clinux_tgkill(int process, int thread, int signal);
 int clinux_gettid(void);
 int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data);
+// dup3(O_CLOEXEC): puts the object behind `fd` under `number`, atomically closing what was there.
+int clinux_dup3(int fd, int number);
 // accept4(SOCK_CLOEXEC), the address not wanted.
 int clinux_accept(int listener);
 // fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
