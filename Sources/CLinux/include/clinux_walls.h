@@ -1,0 +1,16 @@
+// Landlock (linux/landlock.h) and seccomp (linux/seccomp.h), whose structures older headers do not know whole.
+#ifndef CLINUX_WALLS_H
+#define CLINUX_WALLS_H
+
+#include <stdint.h>
+
+// The Landlock level of the kernel (1 and up), 0 without Landlock, -errno.
+int clinux_landlock_abi(void);
+// Takes every right Landlock knows at `abi` from this thread and what it starts: an empty rule set that handles all
+// file-system and network accesses and both scopes. Needs no_new_privs.
+int clinux_landlock_restrict(int abi);
+// Installs a filter of `count` struct sock_filter for all threads of the process (SECCOMP_FILTER_FLAG_TSYNC, and LOG when
+// `log` is set). A positive result is the thread that could not be synchronised.
+int clinux_seccomp_install(const void *instructions, unsigned short count, int log);
+
+#endif
