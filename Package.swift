@@ -42,6 +42,9 @@ let layer0: [Target] = [
 ]
 
 let layer1: [Target] = [
+  .target(
+    name: "CSandbox", dependencies: ["CCapNG"],
+    cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-ffunction-sections"])]),
   module("HostSystem", ["CLinux"]),
   module("VirtioSpec"),
 ]
@@ -49,7 +52,7 @@ let layer1: [Target] = [
 let layer2: [Target] = [
   module("VMMemory", ["CLinux", "HostSystem"]),
   module("VhostUser", ["CLinux", "HostSystem", "VirtioSpec"]),
-  module("Sandbox", ["CLinux", "CCapNG", "HostSystem"]),
+  module("Sandbox", ["CLinux", "CSandbox", "HostSystem"]),
   module("KVM", ["CLinux", "HostSystem"]),
   module("DiskImage", ["CLinux", "HostSystem"]),
   module("ControlProtocol", ["CLinux", "HostSystem", "VirtioSpec"]),

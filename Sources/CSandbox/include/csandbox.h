@@ -1,0 +1,51 @@
+// From fork to exec: what happens in a new process before its own program runs. This stretch is C because nothing may
+// allocate, take a lock or call into the Swift runtime between fork and exec.
+#ifndef CSANDBOX_H
+#define CSANDBOX_H
+
+#include <stdint.h>
+
+// In the order in which they are done; the order is explained in Sandbox/Stage.swift. The numbers are reported.
+enum csandbox_step {
+  CSANDBOX_FORK = 1,
+  CSANDBOX_SESSION,
+  CSANDBOX_SIGNALS,
+  CSANDBOX_DESCRIPTORS,
+  CSANDBOX_DIRECTORY,
+  CSANDBOX_LIMITS,
+  CSANDBOX_IDENTITY,
+  CSANDBOX_VERIFICATION,
+  CSANDBOX_NO_NEW_PRIVILEGES,
+  CSANDBOX_PARENT_DEATH,
+  CSANDBOX_EXEC,
+};
+
+struct csandbox_launch {
+  // The program, opened with O_PATH or O_RDONLY: no path is walked in the child.
+  int executable;
+  // NULL-terminated. The environment is empty.
+  char *const *arguments;
+  // descriptors[i] becomes number i; everything else is closed.
+  const int *descriptors;
+  int descriptor_count;
+  // With change_identity: all three uids, all three gids, no supplementary groups, empty bounding set.
+  int change_identity;
+  uint32_t uid;
+  uint32_t gid;
+  // RLIMIT_NOFILE, soft and hard.
+  uint64_t file_limit;
+  // Sent to the child when the launching thread ends.
+  int parent_death_signal;
+};
+
+// What the child writes to the report pipe when a step fails. Nothing is written when exec succeeds: the pipe just ends.
+struct csandbox_report {
+  int32_t step;
+  int32_t error;
+};
+
+// clone3(CLONE_PIDFD). Returns the process id; the pidfd and the reading end of the report pipe are stored and owned by
+// the caller, both close-on-exec. -errno when there is no child.
+int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report);
+
+#endif

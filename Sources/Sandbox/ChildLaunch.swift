@@ -1,0 +1,104 @@
+import CSandbox
+import HostSystem
+
+/// The uid and gid of a process of its own.
+package struct ChildIdentity: Hashable, Sendable {
+  package var uid: UInt32
+  package var gid: UInt32
+
+  package init(uid: UInt32, gid: UInt32) {
+    self.uid = uid
+    self.gid = gid
+  }
+}
+
+/// A process to be started: fork, the first half of the walls, exec.
+package struct ChildLaunch: Sendable {
+  /// argv, the program's name first. Must hold the title's length: the title is later written over it.
+  package var arguments: [String]
+  /// Lent for the call of `start`; element i becomes descriptor i of the child, everything else is closed there.
+  package var descriptors: [CInt]
+  /// nil: the launcher's own ids are kept (it is an ordinary user).
+  package var identity: ChildIdentity?
+  /// RLIMIT_NOFILE of the child.
+  package var fileLimit: UInt64
+  /// What the child gets when the launcher dies.
+  package var parentDeathSignal: CInt
+
+  /// The most descriptors that can be handed over.
+  package static let descriptorLimit = 32
+
+  package init(
+    arguments: [String], descriptors: [CInt], identity: ChildIdentity? = nil, fileLimit: UInt64 = 256,
+    parentDeathSignal: CInt = 9
+  ) {
+    self.arguments = arguments
+    self.descriptors = descriptors
+    self.identity = identity
+    self.fileLimit = fileLimit
+    self.parentDeathSignal = parentDeathSignal
+  }
+
+  /// Starts the process and returns at once; whether exec succeeded is learnt from `StartedChild.poll`.
+  /// Must be called on the main thread: the parent-death signal follows the thread that forked.
+  package func start(_ executable: borrowing OwnedFD) throws(SandboxError) -> StartedChild {
+    precondition(descriptors.count <= Self.descriptorLimit, "No process is given more than 32 descriptors.")
+    var pidfd: CInt = -1
+    var report: CInt = -1
+    let text = arguments.flatMap { Array($0.utf8CString) }
+    // SAFETY: `text` holds all arguments NUL-terminated one behind the other and, like the pointer array and the
+    // descriptor array, lives unchanged for the whole call; the child works on its own copy of memory.
+    let pid = unsafe text.withUnsafeBufferPointer { bytes in
+      var pointers: [UnsafeMutablePointer<CChar>?] = unsafe []
+      var offset = 0
+      for argument in arguments {
+        unsafe pointers.append(bytes.baseAddress.map { unsafe UnsafeMutablePointer(mutating: $0 + offset) })
+        offset += argument.utf8.count + 1
+      }
+      unsafe pointers.append(nil)
+      return unsafe pointers.withUnsafeBufferPointer { argv in
+        unsafe descriptors.withUnsafeBufferPointer { numbers in
+          var launch = unsafe csandbox_launch(
+            executable: executable.rawValue, arguments: argv.baseAddress, descriptors: numbers.baseAddress,
+            descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
+            gid: identity?.gid ?? 0, file_limit: fileLimit, parent_death_signal: parentDeathSignal)
+          return unsafe csandbox_start(&launch, &pidfd, &report)
+        }
+      }
+    }
+    guard pid > 0 else { throw .step(.fork, program: arguments.first ?? "", Errno(-pid)) }
+    return StartedChild(
+      process: ProcessHandle(processID: pid, adopting: OwnedFD(owning: pidfd)), report: OwnedFD(owning: report))
+  }
+}
+
+/// A process between fork and exec, or beyond.
+package struct StartedChild: ~Copyable, Sendable {
+  package let process: ProcessHandle
+  /// Readable when exec has succeeded or a step has failed.
+  package let report: OwnedFD
+
+  package enum Outcome: Equatable, Sendable {
+    case pending
+    case executed
+    case failed(Stage, Errno)
+  }
+
+  /// Looks at the report pipe without waiting.
+  package borrowing func poll() -> Outcome {
+    var raw = csandbox_report()
+    // SAFETY: the buffer is `raw` itself.
+    let transfer = unsafe withUnsafeMutableBytes(of: &raw) { bytes in unsafe report.read(into: bytes) }
+    switch transfer {
+    case .end: return .executed
+    case .wouldBlock: return .pending
+    case .bytes(let count) where count == MemoryLayout<csandbox_report>.size:
+      return .failed(Stage(rawValue: raw.step) ?? .exec, Errno(raw.error))
+    case .bytes: return .failed(.exec, .inputOutput)
+    case .failed(let error): return .failed(.exec, error)
+    }
+  }
+
+  /// Keeps the process and closes the pipe.
+  package consuming func intoProcess() -> ProcessHandle { process }
+}
