@@ -51,6 +51,9 @@ void map(u64 physical, u64 size) {
 
 void apic_enable(void) {
   x2apic = (read_msr(0x1b) >> 10) & 1;
+  // A legacy interrupt controller, where there is one, would deliver its timer to vector 8.
+  out8(0x21, 0xff);
+  out8(0xa1, 0xff);
   apic_write(0xf0, 0x1ff);  // spurious vector 0xff, software enable
   apic_write(0x80, 0);      // task priority: let everything through
 }
