@@ -9,7 +9,9 @@ struct CommonConfigurationTests {
   @Test func featuresAreReadInHalvesAndNothingBeyond() throws {
     var driver = try GuestDriver()
     let offered = GuestDriver.offered.rawValue
-    for (select, expected) in [(0, offered & 0xFFFF_FFFF), (1, offered >> 32), (2, 0), (3, 0), (4, 0), (0xFFFF_FFFF, 0)] as [(UInt64, UInt64)] {
+    for (select, expected) in [(0, offered & 0xFFFF_FFFF), (1, offered >> 32), (2, 0), (3, 0), (4, 0), (0xFFFF_FFFF, 0)]
+      as [(UInt64, UInt64)]
+    {
       driver.write(Common.deviceFeatureSelect, select)
       #expect(driver.read(Common.deviceFeature) == expected)
     }

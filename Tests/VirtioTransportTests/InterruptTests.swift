@@ -68,8 +68,16 @@ struct InterruptTests {
     driver.write(0xC000, 0xFFFF_FFFF)
     #expect(driver.function.readBAR(offset: 0xC000, width: 1) == 0)
     var asked: [Int] = []
-    _ = driver.function.readBAR(offset: 0x8000, width: 8, isSignalled: { asked.append($0); return true })
-    _ = driver.function.readBAR(offset: 0xC008, width: 8, isSignalled: { asked.append($0); return true })
+    _ = driver.function.readBAR(
+      offset: 0x8000, width: 8,
+      isSignalled: {
+        asked.append($0); return true
+      })
+    _ = driver.function.readBAR(
+      offset: 0xC008, width: 8,
+      isSignalled: {
+        asked.append($0); return true
+      })
     #expect(asked == [])
   }
 

@@ -28,7 +28,8 @@ struct RandomAccessTests {
       case 0..<45: access(registers: &driver, &random)
       case 45..<70: accessAnything(&driver, &random)
       case 70..<85: accessConfigurationSpace(&driver, &random)
-      case 85..<88: driver.start([[], .eventIndex, .ringReset, .packedRing].randomElement(using: &random).map { [$0, .version1] } ?? .version1)
+      case 85..<88:
+        driver.start([[], .eventIndex, .ringReset, .packedRing].randomElement(using: &random).map { [$0, .version1] } ?? .version1)
       case 88..<91:
         if observer.isResetting {
           driver.function.resetCompleted()

@@ -1,0 +1,134 @@
+import CLinux
+import Glibc
+import VMMemory
+import VirtioSpec
+
+/// Names a chain from the moment it is taken from the ring until it is used. Its head is below the size of the queue and
+/// unique among the chains in flight, so it can index a fixed array of requests.
+public struct ChainToken: Hashable, Sendable {
+  /// Index of the first descriptor, or the buffer id of a packed ring.
+  public let head: UInt16
+  /// Ring entries the chain takes up in a packed ring; 1 in a split ring.
+  @usableFromInline let entryCount: UInt16
+
+  @inlinable
+  init(head: UInt16, entryCount: UInt16) {
+    self.head = head
+    self.entryCount = entryCount
+  }
+}
+
+/// The buffers of one chain as host memory: room that is made once and filled again by every `Virtqueue.next`.
+///
+/// First come the pieces the device reads, then those it writes; a buffer that crosses memory regions is several pieces.
+/// The pieces point into guest memory, which may change at any time: take requests out by copy (`takeReadable`), hand
+/// data to the kernel as iovecs, and never look at the same bytes twice. They are valid as long as the queue's memory.
+@safe
+public struct DescriptorChain: ~Copyable, @unchecked Sendable {
+  // @unchecked: the storage has this one owner.
+
+  @usableFromInline let segments: UnsafeMutablePointer<iovec>
+  @usableFromInline let capacity: Int
+  @usableFromInline var readableStart = 0
+  @usableFromInline var readableEnd = 0
+  @usableFromInline var writableStart = 0
+  @usableFromInline var writableEnd = 0
+  @usableFromInline var readableCount = 0
+  @usableFromInline var writableCount = 0
+  @usableFromInline var storedToken = ChainToken(head: 0, entryCount: 1)
+
+  /// Room for `capacity` pieces. A chain with more of them breaks the ring.
+  public init(capacity: Int) {
+    precondition(capacity > 0, "A chain has at least one piece")
+    self.capacity = capacity
+    // SAFETY: this structure owns the storage until deinit; an index is used only below `capacity`.
+    unsafe segments = .allocate(capacity: capacity)
+    unsafe segments.initialize(repeating: iovec(), count: capacity)
+  }
+
+  /// Room for every chain that the queue accepts, with a few pieces more for buffers that cross regions.
+  public init(for queue: borrowing Virtqueue) {
+    self.init(capacity: queue.greatestChainLength + 16)
+  }
+
+  deinit { unsafe segments.deallocate() }
+
+  /// The chain to complete.
+  @inlinable public var token: ChainToken { storedToken }
+  /// Bytes for the device to read that have not been taken yet.
+  @inlinable public var readableByteCount: Int { readableCount }
+  /// Room for the device to write that has not been used up yet.
+  @inlinable public var writableByteCount: Int { writableCount }
+
+  /// The pieces for the device to read that have not been taken yet. Lent until the chain changes.
+  @unsafe @inlinable public var readable: UnsafeMutableBufferPointer<iovec> {
+    // SAFETY: 0 <= readableStart <= readableEnd <= capacity.
+    unsafe UnsafeMutableBufferPointer(start: segments + readableStart, count: readableEnd - readableStart)
+  }
+
+  /// The pieces for the device to write that have not been used up yet. Lent until the chain changes.
+  @unsafe @inlinable public var writable: UnsafeMutableBufferPointer<iovec> {
+    // SAFETY: 0 <= writableStart <= writableEnd <= capacity.
+    unsafe UnsafeMutableBufferPointer(start: segments + writableStart, count: writableEnd - writableStart)
+  }
+
+  // MARK: Filling, by the queue
+
+  @inlinable @inline(__always)
+  mutating func clear() {
+    readableStart = 0
+    readableEnd = 0
+    writableStart = 0
+    writableEnd = 0
+    readableCount = 0
+    writableCount = 0
+  }
+
+  /// Adds one descriptor's buffer; nil if all is well.
+  @inlinable @inline(__always)
+  mutating func append(
+    _ address: UInt64, _ length: UInt32, isWritable: Bool, _ memory: GuestMemory
+  ) -> BrokenRing? {
+    // Before the first writable buffer both ends of the writable part lie at `readableEnd`.
+    if !isWritable && writableEnd != readableEnd { return .order }
+    guard length != 0 else { return nil }
+    // SAFETY: the pointer is lent while the queue holds `memory`; the range was checked as a whole.
+    guard writableEnd < capacity, let base = unsafe memory.translate(GuestAddress(address), byteCount: UInt64(length))
+    else { return appendPieces(address, length, isWritable: isWritable, memory) }
+    return unsafe appendPiece(base, Int(length), isWritable: isWritable)
+  }
+
+  @inlinable @inline(__always)
+  mutating func appendPiece(_ base: UnsafeMutableRawPointer, _ length: Int, isWritable: Bool) -> BrokenRing? {
+    // SAFETY: the caller made sure that writableEnd < capacity.
+    unsafe segments[writableEnd] = unsafe iovec(iov_base: base, iov_len: length)
+    writableEnd &+= 1
+    if isWritable {
+      writableCount &+= length
+    } else {
+      readableEnd &+= 1
+      writableStart &+= 1
+      readableCount &+= length
+    }
+    return (readableCount &+ writableCount) >> 32 == 0 ? nil : .tooManyBytes
+  }
+
+  /// The rare ways: no room, several regions, or no memory.
+  @usableFromInline @inline(never)
+  mutating func appendPieces(
+    _ address: UInt64, _ length: UInt32, isWritable: Bool, _ memory: GuestMemory
+  ) -> BrokenRing? {
+    var done: UInt64 = 0
+    // Bounded: every round takes the rest of one region.
+    while done < length {
+      guard writableEnd < capacity else { return .tooManySegments }
+      guard let here = GuestAddress(address).advanced(by: done) else { return .notMemory }
+      let count = min(memory.contiguousByteCount(from: here), UInt64(length) - done)
+      // SAFETY: as in `append`.
+      guard count > 0, let base = unsafe memory.translate(here, byteCount: count) else { return .notMemory }
+      if let broken = unsafe appendPiece(base, Int(count), isWritable: isWritable) { return broken }
+      done += count
+    }
+    return nil
+  }
+}

@@ -1,0 +1,121 @@
+import CLinux
+import VMMemory
+import VirtioSpec
+
+/// Taking chains.
+extension Virtqueue {
+  /// Takes the next available chain into `chain`.
+  @inlinable
+  public mutating func next(_ chain: inout DescriptorChain) -> ChainOutcome {
+    if let broken { return .broken(broken) }
+    return isPacked ? nextPacked(&chain) : nextSplit(&chain)
+  }
+
+  /// Whether the driver has made anything available that was not taken. Asks the driver's memory.
+  @inlinable
+  public mutating func hasAvailable() -> Bool {
+    guard broken == nil else { return false }
+    if isPacked {
+      // SAFETY: availableIndex < size.
+      let flags = unsafe clinux_load_acquire_u16(
+        descriptors + 16 * Int(availableIndex) + PackedRing.flagsOffset)
+      return isAvailable(flags)
+    }
+    if availableSeen != availableIndex { return true }
+    // SAFETY: the driver area covers the available ring.
+    return unsafe clinux_load_acquire_u16(driver + SplitRing.availableIndexOffset) != availableIndex
+  }
+
+  /// Puts the chain that was taken last back as if it had never been taken (too few buffers for a packet, say). With
+  /// several, the last one first.
+  @inlinable
+  public mutating func giveBack(_ token: ChainToken) {
+    leave(token)
+    if isPacked {
+      if availableIndex < token.entryCount {
+        availableIndex &+= size
+        availableWrap.toggle()
+      }
+      availableIndex &-= token.entryCount
+    } else {
+      availableIndex &-= 1
+    }
+  }
+
+  @usableFromInline @inline(never)
+  mutating func breakRing(_ reason: BrokenRing) -> ChainOutcome {
+    broken = reason
+    return .broken(reason)
+  }
+}
+
+/// The fields of a descriptor after its address, as one eight-byte load gives them: length, then flags and `next` in a
+/// split ring, id and flags in a packed one. One load, so no field can change between two looks.
+@usableFromInline
+struct DescriptorTail {
+  @usableFromInline let rawValue: UInt64
+  @inlinable init(_ rawValue: UInt64) { self.rawValue = rawValue }
+  @inlinable var length: UInt32 { UInt32(truncatingIfNeeded: rawValue) }
+  @inlinable var third: UInt16 { UInt16(truncatingIfNeeded: rawValue >> 32) }
+  @inlinable var fourth: UInt16 { UInt16(truncatingIfNeeded: rawValue >> 48) }
+}
+
+/// Indirect tables.
+extension Virtqueue {
+  /// A table of descriptors somewhere in guest memory. Each entry is loaded once; the table is not copied first, for that
+  /// adds nothing when no entry is looked at twice, and costs when a table is long and its chain short.
+  @safe @usableFromInline
+  struct IndirectTable {
+    @usableFromInline let address: UInt64
+    @usableFromInline let count: Int
+    /// The table in one piece and aligned; nil otherwise.
+    @usableFromInline let base: UnsafeMutableRawPointer?
+
+    @inlinable
+    init(address: UInt64, count: Int, base: UnsafeMutableRawPointer?) {
+      self.address = address
+      self.count = count
+      unsafe self.base = base
+    }
+
+    /// Entry `index`, below `count`; nil if it is not memory.
+    @inlinable @inline(__always)
+    func load(_ index: Int, _ memory: GuestMemory) -> (address: UInt64, tail: DescriptorTail)? {
+      guard let base = unsafe base else { return loadPieces(index, memory) }
+      // SAFETY: the table was checked as a whole and index < count.
+      let entry = unsafe base + 16 * index
+      let tail = unsafe DescriptorTail(clinux_load_relaxed_u64(entry + 8))
+      return unsafe (clinux_load_relaxed_u64(entry), tail)
+    }
+
+    @usableFromInline @inline(never)
+    func loadPieces(_ index: Int, _ memory: GuestMemory) -> (address: UInt64, tail: DescriptorTail)? {
+      var words: (UInt64, UInt64) = (0, 0)
+      guard let start = GuestAddress(address).advanced(by: UInt64(16 * index)) else { return nil }
+      // SAFETY: the copy fills the two words and they are looked at only afterwards.
+      let isMemory = unsafe withUnsafeMutableBytes(of: &words) { unsafe memory.copyOut(start, into: $0) }
+      clinux_fence_acquire()
+      return isMemory ? (words.0, DescriptorTail(words.1)) : nil
+    }
+  }
+
+  /// Checks what an indirect descriptor says of its table.
+  @inlinable
+  func indirectTable(_ address: UInt64, _ length: UInt32) -> Result<IndirectTable, BrokenRing> {
+    guard hasIndirect else { return .failure(.indirectNotNegotiated) }
+    let count = Int(length / 16)
+    guard length % 16 == 0, count > 0, count <= greatestChainLength else { return .failure(.indirectByteCount) }
+    // SAFETY: lent while the queue holds its memory. A table that is not aligned is copied entry by entry.
+    let whole = unsafe memoryForTable(address, length)
+    return unsafe .success(IndirectTable(address: address, count: count, base: whole))
+  }
+
+  @unsafe @inlinable @inline(__always)
+  func memoryForTable(_ address: UInt64, _ length: UInt32) -> UnsafeMutableRawPointer? {
+    guard address % 8 == 0,
+      let base = unsafe storedMemory.translate(GuestAddress(address), byteCount: UInt64(length)),
+      UInt(bitPattern: base) % 8 == 0
+    else { return nil }
+    return unsafe base
+  }
+}

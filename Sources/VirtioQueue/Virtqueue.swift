@@ -1,0 +1,151 @@
+import CLinux
+import VMMemory
+import VirtioSpec
+
+/// What `Virtqueue.next` found.
+public enum ChainOutcome: Equatable, Sendable {
+  /// The chain was filled; it belongs to the device until `complete` or `giveBack`.
+  case chain
+  /// Nothing is available.
+  case empty
+  /// The driver broke the ring. Nothing more comes from it, nothing more is published.
+  case broken(BrokenRing)
+}
+
+/// The device side of a virtqueue, split or packed. One owner, one thread at a time.
+///
+/// The ring lies in memory that the driver changes at will. Its areas were checked as a whole at `init`, indices are
+/// checked before use, and each field is loaded once. The queue keeps `memory` alive, and so every address it lends.
+@safe
+public struct Virtqueue: ~Copyable, @unchecked Sendable {
+  // @unchecked: all private state has this one owner; shared memory is reached through single loads and stores only.
+
+  /// As it was set up; frozen until the queue is given up.
+  public let configuration: VirtqueueConfiguration
+  @usableFromInline let size: UInt16
+  @usableFromInline let isPacked: Bool
+  @usableFromInline let hasEventIndex: Bool
+  @usableFromInline let hasIndirect: Bool
+  @usableFromInline let isInOrder: Bool
+  @usableFromInline var storedMemory: GuestMemory
+
+  // Where the areas are: whole and aligned, by `resolve`.
+  @usableFromInline var descriptors: UnsafeMutableRawPointer
+  @usableFromInline var driver: UnsafeMutableRawPointer
+  @usableFromInline var device: UnsafeMutableRawPointer
+
+  /// Split: free-running index of the next entry to take. Packed: slot of the next descriptor, with its wrap counter.
+  @usableFromInline var availableIndex: UInt16
+  @usableFromInline var availableWrap: Bool
+  /// Split: the driver's index as last loaded, so that a drain touches the driver's cache line once.
+  @usableFromInline var availableSeen: UInt16
+  /// The same for used entries. Split: `usedIndex` runs ahead of what is published.
+  @usableFromInline var usedIndex: UInt16
+  @usableFromInline var usedWrap: Bool
+  /// Entries written since the last `publish`.
+  @usableFromInline var unpublishedCount: UInt16 = 0
+  /// Packed: the batch's first descriptor, whose flags are stored last.
+  @usableFromInline var firstSlot: UInt16 = 0
+  @usableFromInline var firstFlags: UInt16 = 0
+  /// In-order: entries that the next used element stands for as well.
+  @usableFromInline var coalescedEntries: UInt16 = 0
+  /// `usedIndex` at the last decision about a call; without one (after start and restore) the driver is called.
+  @usableFromInline var decidedIndex: UInt16 = 0
+  @usableFromInline var hasDecided = false
+
+  /// One bit per head in flight. The words are owned here.
+  @usableFromInline let inFlight: UnsafeMutablePointer<UInt64>
+  @usableFromInline var inFlightEntries = 0
+  @usableFromInline var broken: BrokenRing?
+
+  /// Takes over a ring as the driver has set it up. It need not be new: `configuration.base` says where it stands.
+  public init(_ configuration: VirtqueueConfiguration, memory: GuestMemory) throws(VirtqueueError) {
+    let pointers = try unsafe configuration.resolve(in: memory)
+    let base = configuration.base
+    let packed = configuration.isPacked
+    // SAFETY: the device area of a split ring covers the used ring.
+    let usedInMemory = unsafe packed ? 0 : clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
+    let isPossible =
+      packed
+      ? base.availableSlot < configuration.size && base.usedSlot < configuration.size
+      : base.rawValue <= UInt32(UInt16.max) && base.availableIndex &- usedInMemory <= configuration.size
+    guard isPossible else { throw .base(base) }
+    self.configuration = configuration
+    size = configuration.size
+    isPacked = packed
+    hasEventIndex = configuration.features.contains(.eventIndex)
+    hasIndirect = configuration.features.contains(.indirectDescriptors)
+    isInOrder = configuration.features.contains(.inOrder)
+    storedMemory = memory
+    unsafe descriptors = pointers.descriptors
+    unsafe driver = pointers.driver
+    unsafe device = pointers.device
+    availableIndex = packed ? base.availableSlot : base.availableIndex
+    availableWrap = packed ? base.availableWrap : true
+    usedIndex = packed ? base.usedSlot : usedInMemory
+    usedWrap = packed ? base.usedWrap : true
+    availableSeen = availableIndex
+    let words = (Int(size) + 63) / 64
+    unsafe inFlight = .allocate(capacity: words)
+    unsafe inFlight.initialize(repeating: 0, count: words)
+  }
+
+  deinit { unsafe inFlight.deallocate() }
+
+  /// The memory behind the lent addresses.
+  public var memory: GuestMemory { storedMemory }
+
+  /// Chains that were taken and not completed yet.
+  public var inFlightCount: Int { (0..<((Int(size) + 63) / 64)).reduce(0) { unsafe $0 + inFlight[$1].nonzeroBitCount } }
+
+  /// Why nothing comes from the ring any more, if so.
+  public var brokenReason: BrokenRing? { broken }
+
+  /// Descriptors of the longest acceptable chain. A direct chain is bounded by the ring; drivers exist whose indirect
+  /// tables are longer than a small ring, so those may have 1024 entries.
+  @inlinable public var greatestChainLength: Int { max(Int(size), 1024) }
+
+  /// Where the ring stands, to go on from later. Only while nothing is in flight and all is published; what is in
+  /// flight otherwise would be lost.
+  public var base: VringBase {
+    isPacked
+      ? VringBase(
+        availableSlot: availableIndex, availableWrap: availableWrap, usedSlot: usedIndex, usedWrap: usedWrap)
+      : VringBase(availableIndex: availableIndex)
+  }
+
+  /// The same ring in another memory table, with all its state. Chains in flight keep pointing into the old memory:
+  /// whoever works on them holds the old table until they are done.
+  public mutating func replaceMemory(_ memory: GuestMemory) throws(VirtqueueError) {
+    let pointers = try unsafe configuration.resolve(in: memory)
+    storedMemory = memory
+    unsafe descriptors = pointers.descriptors
+    unsafe driver = pointers.driver
+    unsafe device = pointers.device
+  }
+
+  // MARK: Heads in flight
+
+  /// Marks a head as in flight; false if it is already.
+  @inlinable @inline(__always)
+  mutating func enter(_ head: UInt16, entryCount: UInt16) -> Bool {
+    let bit: UInt64 = 1 << UInt64(head & 63)
+    // SAFETY: every caller has checked head < size.
+    let word = unsafe inFlight[Int(head >> 6)]
+    guard word & bit == 0 else { return false }
+    unsafe inFlight[Int(head >> 6)] = word | bit
+    inFlightEntries &+= Int(entryCount)
+    return true
+  }
+
+  @inlinable @inline(__always)
+  mutating func leave(_ token: ChainToken) {
+    let bit: UInt64 = 1 << UInt64(token.head & 63)
+    precondition(token.head < size, "A token belongs to the queue it came from")
+    // SAFETY: head < size.
+    let word = unsafe inFlight[Int(token.head >> 6)]
+    precondition(word & bit != 0, "A chain is completed once")
+    unsafe inFlight[Int(token.head >> 6)] = word & ~bit
+    inFlightEntries &-= Int(token.entryCount)
+  }
+}
