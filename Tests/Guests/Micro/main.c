@@ -66,9 +66,9 @@ _Noreturn void micro_main(void) {
   for (u32 i = 0; machine.command_line && i < sizeof command_line - 1; i++)
     if (!(command_line[i] = *(char *)(machine.command_line + i))) break;
 
-  // `tsc` is this CPU's counter at the first CPL 3 instruction, `start` the ticks from the first instruction to there.
-  print("MICRO start ok path %s tsc %lu start %lu khz %lu\n", boot_path == 1 ? "pvh" : "linux64", user_tsc,
-        drop_tsc - first_tsc, tsc_khz());
+  // The time stamp counter at the very first instruction, and at the first one at CPL 3.
+  print("MICRO start ok path %s first %lu tsc %lu khz %lu\n", boot_path == 1 ? "pvh" : "linux64", first_tsc, user_tsc,
+        tsc_khz());
   const char *p = option("test");
   if (!p) p = "boot";
   while (*p && *p != ' ') {

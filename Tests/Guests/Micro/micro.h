@@ -11,7 +11,7 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 
 // ---- start.S
-extern u64 first_tsc, drop_tsc, boot_pointer, ap_stacks, interrupt_tsc[256];
+extern u64 first_tsc, boot_pointer, ap_stacks, interrupt_tsc[256];
 extern u32 boot_path, x2apic, ap_next, interrupt_count[256];
 extern u64 pml4[512], gdt[];
 extern u8 ap_trampoline[], ap_trampoline_end[], image_end[];

@@ -73,9 +73,6 @@ common_start:
         lidt ADDRESS(idt_register)
         movl $FIRST_TSS, %eax
         ltr %ax
-        rdtsc
-        movl %eax, ADDRESS(drop_tsc)
-        movl %edx, ADDRESS(drop_tsc) + 4
         pushq $USER_DATA
         pushq $user_stack_top
         pushq $0x2                      // interrupts off until a test asks for them
@@ -323,10 +320,9 @@ pd:
         .endr
 
 // ------------------------------------------------------------------------------- words shared with the C code
-        .globl first_tsc, drop_tsc, boot_pointer, boot_path, x2apic, ap_next, ap_stacks
+        .globl first_tsc, boot_pointer, boot_path, x2apic, ap_next, ap_stacks
         .globl interrupt_tsc, interrupt_count
 first_tsc:      .quad 0                 // at the first instruction
-drop_tsc:       .quad 0                 // at the last instruction before CPL 3, by the same (emulated or real) rdtsc
 boot_pointer:   .quad 0
 ap_stacks:      .quad 0
 boot_path:      .long 0                 // 1 PVH, 2 64-bit Linux
