@@ -3,6 +3,7 @@
 //   size=B     bytes per request (default 4096)       op=read|write  what is timed (default read)
 //   wait=poll|spin|halt   look at the ring, or take interrupts while spinning or halted (default poll)
 //   span=MIB   area used from sector 0 on (default 8)  readonly=1   no writes; the device must refuse them
+//   move=A     before the timed requests, moves the BAR to A with the queue live: kicks and interrupts must follow
 //   plain=1    without EVENT_IDX and indirect descriptors
 // Every sector holds a pattern of its number and seed=S; `sum` is that of all 64-bit words, for the host to compare.
 #include "virtio.h"
@@ -131,6 +132,19 @@ static u64 pass(u32 type, u64 n, u64 sectors, bool verify, u64 *failed) {
   return tsc() - begin;
 }
 
+static void move(u64 to) {
+  u64 from = pci_bar(disk.function, disk.bar).address, difference = to - from;
+  if (to >= 1ul << 32) map(to, 0x100000);
+  pci_set_bar(disk.function, disk.bar, to);
+  disk.common += difference, disk.notify += difference, disk.isr += difference, disk.config += difference;
+  queue.doorbell += difference;
+  // The table may lie in a BAR of its own, which stays.
+  u32 table_bar = pci_read(disk.function, disk.msix.capability + 4, 4) & 7;
+  if (table_bar == disk.bar) disk.msix.table += difference, disk.msix.pending += difference;
+  report("blk.moved", virtio_status(&disk) == (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK), "from %lx to %lx status %x",
+         from, to, virtio_status(&disk));
+}
+
 void test_blk(void) {
   depth = (u32)option_number("depth", 1), size = (u32)option_number("size", 4096) & ~511u;
   seed = option_number("seed", 1);
@@ -182,6 +196,7 @@ void test_blk(void) {
     for (u32 i = 0; i < 64; i++) sum += word(s, i);
   report("blk.verify", failed == 0, "%lu requests %lu failed sum %lx", places, failed, sum);
 
+  if (option("move")) move(option_number("move", 0));
   u64 n = option_number("n", 2000), kicks = queue.kicks, interrupts_before = interrupt_count[VECTOR];
   bool writes = option_is("op", "write") && !read_only;
   u64 ns = nanoseconds(pass(writes ? WRITE : READ, n, sectors, false, &failed));
