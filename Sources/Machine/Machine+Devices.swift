@@ -1,0 +1,117 @@
+import Boot
+import HostSystem
+import VirtioTransport
+
+extension Machine {
+  /// Puts a virtio device on the bus; before the guest runs. Returns its index, by which events name it.
+  package func addVirtioDevice(_ description: VirtioPCIFunction.Description) throws(MachineError) -> Int {
+    try deviceLock.withLock { () throws(MachineError) -> Int in
+      let index = devices.virtio.count
+      guard index < PCIBus.capacity else { throw .tooManyDevices(PCIBus.capacity) }
+      var placed = description
+      // Where firmware would have put it: a kernel keeps addresses that lie in a window.
+      placed.baseAddress = PhysicalMap.pciWindow32.lowerBound + UInt64(index) * VirtioPCILayout.barByteCount
+      do {
+        let function = try VirtioPCIFunction(placed)
+        devices.virtio.append(
+          try VirtioSlot(
+            index: index, function: function, queueCount: placed.queueSizes.count, vectorCount: placed.vectorCount))
+      } catch let error as TransportError {
+        throw .transport(error)
+      } catch let error as SystemError {
+        throw .system(error)
+      } catch {
+        throw .tooManyDevices(index)
+      }
+      return index
+    }
+  }
+
+  /// The doorbell of a queue: signalled by KVM when the guest notifies.
+  package func kick(ofDevice index: Int, queue: Int) -> SharedEvent? {
+    deviceLock.withLock {
+      guard index < devices.virtio.count, queue >= 0, queue < devices.virtio[index].kicks.count else { return nil }
+      return devices.virtio[index].kicks[queue]
+    }
+  }
+
+  /// The event of a vector: signalling it interrupts the guest, or stays pending while the vector is masked.
+  package func call(ofDevice index: Int, vector: Int) -> SharedEvent? {
+    deviceLock.withLock {
+      guard index < devices.virtio.count, vector >= 0, vector < devices.virtio[index].vectors.count else { return nil }
+      return devices.virtio[index].vectors[vector].shared
+    }
+  }
+
+  /// Lets the device side change a function's state (a finished reset, new configuration, needs-reset) and carries out
+  /// what follows from it.
+  package func updateDevice(_ index: Int, _ change: (inout VirtioPCIFunction) -> [TransportEffect]) {
+    deviceLock.withLock {
+      guard index < devices.virtio.count else { return }
+      let slot = devices.virtio[index]
+      devices.apply(change(&slot.function), to: slot, self)
+    }
+  }
+
+  /// A copy of a function's registers, for reports.
+  package func function(ofDevice index: Int) -> VirtioPCIFunction? {
+    deviceLock.withLock { index < devices.virtio.count ? devices.virtio[index].function : nil }
+  }
+
+  /// Where the guest finds the device, such as `00:01.0`.
+  package static func busAddress(ofDevice index: Int) -> String { PCIBus.name(of: index) }
+
+  // MARK: serial port
+
+  /// Bytes that the guest has sent and nobody has taken. `body` says how many of them it took.
+  package func drainSerial(_ body: ([UInt8]) -> Int) {
+    // Written outside the lock: only this thread consumes, so the prefix stays what it was.
+    let waiting = deviceLock.withLock { devices.serial.output }
+    guard !waiting.isEmpty else { return }
+    let taken = body(waiting)
+    guard taken > 0 else { return }
+    deviceLock.withLock {
+      devices.serial.consumeOutput(taken)
+      devices.updateSerialLine(self)
+    }
+  }
+
+  /// Bytes of input that the port has room for now.
+  package var serialInputRoom: Int { deviceLock.withLock { devices.serial.inputRoom } }
+
+  /// Types bytes at the serial port.
+  package func receiveSerial(_ bytes: ArraySlice<UInt8>) {
+    deviceLock.withLock {
+      devices.serial.receive(bytes)
+      devices.updateSerialLine(self)
+    }
+  }
+
+  // MARK: reset
+
+  /// Puts the platform and all functions back to the state after power-on. Functions with active queues post `.reset` and
+  /// are finished by `updateDevice` with `resetCompleted()`. Only while all processors are paused.
+  package func resetDevices() {
+    deviceLock.withLock {
+      devices.ioapic = IOAPIC()
+      devices.platform = Platform()
+      devices.serial.reset()
+      devices.pci.address = 0
+      devices.pci.hostBridge = PCIBus.makeHostBridge()
+      for slot in devices.virtio {
+        devices.apply(slot.function.powerOnReset(), to: slot, self)
+        // What was pending belongs to the previous guest.
+        for vector in slot.vectors { vector.shared.event.drain() }
+      }
+      devices.vectorRoutes.removeAll()
+      devices.setRoutes(self)
+    }
+  }
+
+  /// A warning that a guest may cause at will: rate-limited, and written by the thread that takes events, for a log may
+  /// block. Under the device lock.
+  func warn(_ what: String, _ error: some Error & CustomStringConvertible) {
+    guard devices.warningLimit.allows() else { return }
+    post(.warning("\(what): \(error.description)"))
+  }
+}
