@@ -58,7 +58,8 @@ extension KernelImage {
       throw .truncated(file: .kernel, what: "The protected-mode kernel", offset: codeOffset, byteCount: 0x200)
     }
     let declared = UInt64(head.u32(at: 0x1F4)) * 16
-    try file.require(declared, at: codeOffset, of: .kernel, "The protected-mode kernel")
+    // Rounded up to a unit; the file need not be.
+    try file.require(declared > 15 ? declared - 15 : 0, at: codeOffset, of: .kernel, "The protected-mode kernel")
     let codeCount = file.byteCount - codeOffset
 
     let preferred = head.u64(at: BzImage.preferredAddress)

@@ -201,7 +201,7 @@ final class Devices {
   // MARK: PCI configuration space
 
   private func readPCI(_ function: PCIBus.Function, _ offset: Int, width: Int) -> UInt64 {
-    switch pci.target(of: function, deviceCount: virtio.count) {
+    switch pci.target(of: function) {
     case .absent: return .max
     case .hostBridge: return pci.hostBridge.read(offset: offset, width: width)
     case .virtio(let index):
@@ -209,7 +209,7 @@ final class Devices {
       var value = slot.function.readConfigurationSpace(
         offset: offset, width: width, isSignalled: slot.isSignalled)
       // Header type, byte 0x0E: bit 7 says that the device has more than one function.
-      if pci.hasSiblings(index, deviceCount: virtio.count), (offset..<offset + width).contains(0x0E) {
+      if pci.hasSiblings(slot.position), (offset..<offset + width).contains(0x0E) {
         value |= 0x80 << UInt64(8 * (0x0E - offset))
       }
       return value
@@ -217,7 +217,7 @@ final class Devices {
   }
 
   private func writePCI(_ function: PCIBus.Function, _ offset: Int, width: Int, value: UInt64, _ machine: Machine) {
-    switch pci.target(of: function, deviceCount: virtio.count) {
+    switch pci.target(of: function) {
     case .absent: break
     case .hostBridge: pci.hostBridge.write(offset: offset, width: width, value: value)
     case .virtio(let index):

@@ -4,10 +4,15 @@ import VirtioTransport
 
 extension Machine {
   /// Puts a virtio device on the bus; before the guest runs. Returns its index, by which events name it.
-  package func addVirtioDevice(_ description: VirtioPCIFunction.Description) throws(MachineError) -> Int {
+  /// - Parameter pciDevice: device number 1 to 31; nil for the first free place.
+  package func addVirtioDevice(
+    _ description: VirtioPCIFunction.Description, pciDevice: UInt8? = nil
+  ) throws(MachineError) -> Int {
     try deviceLock.withLock { () throws(MachineError) -> Int in
       let index = devices.virtio.count
-      guard index < PCIBus.capacity else { throw .tooManyDevices(PCIBus.capacity) }
+      guard let position = devices.pci.place(index, device: pciDevice) else {
+        throw .tooManyDevices(PCIBus.capacity)
+      }
       var placed = description
       // Where firmware would have put it: a kernel keeps addresses that lie in a window.
       placed.baseAddress = PhysicalMap.pciWindow32.lowerBound + UInt64(index) * VirtioPCILayout.barByteCount
@@ -15,7 +20,7 @@ extension Machine {
         let function = try VirtioPCIFunction(placed)
         devices.virtio.append(
           try VirtioSlot(
-            index: index, function: function, queueCount: placed.queueSizes.count, vectorCount: placed.vectorCount))
+            index: index, position: position, function: function, queueCount: placed.queueSizes.count, vectorCount: placed.vectorCount))
       } catch let error as TransportError {
         throw .transport(error)
       } catch let error as SystemError {
@@ -59,7 +64,9 @@ extension Machine {
   }
 
   /// Where the guest finds the device, such as `00:01.0`.
-  package static func busAddress(ofDevice index: Int) -> String { PCIBus.name(of: index) }
+  package func busAddress(ofDevice index: Int) -> String {
+    deviceLock.withLock { index < devices.virtio.count ? PCIBus.name(of: devices.virtio[index].position) : "" }
+  }
 
   // MARK: serial port
 

