@@ -37,7 +37,8 @@ public enum Reply: Equatable, Sendable {
       guard payload.isEmpty else { throw .wrongSize(of: "reply", expected: 0, actual: payload.count) }
       self = .empty
     case .sharedObject:
-      self = payload.count == 8
+      self =
+        payload.count == 8
         ? .number(try NumberPayload.decode(payload, of: "reply"))
         : .sharedObject(try SharedObjectName(decoding: payload))
     case .sharedMemory: self = .sharedMemory(try SharedMemoryConfiguration(decoding: payload))

@@ -1,6 +1,5 @@
 import HostSystem
 
-
 /// Why a message, a connection or a session failed. Cases up to `tooManyMessages` are the peer's doing.
 public enum VhostUserError: Error, Equatable, Sendable {
   /// The header's version bits are not 1.
@@ -47,6 +46,8 @@ public enum VhostUserError: Error, Equatable, Sendable {
   case offerShrank(String)
   /// The back end sends more messages than its budget allows.
   case tooManyMessages
+  /// The peer leaves a whole socket buffer of messages unread.
+  case peerDoesNotRead
   /// The caller asked for something the session cannot do now; our bug, or a request too early.
   case misuse(String)
   /// The kernel refused an operation on the socket; what we were doing.
@@ -83,6 +84,7 @@ extension VhostUserError: CustomStringConvertible {
     case .missingFeature(let feature): "The peer does not offer \(feature), which is needed"
     case .offerShrank(let what): "The peer now offers less than at first contact: \(what)"
     case .tooManyMessages: "The back end floods its message channel"
+    case .peerDoesNotRead: "The peer does not read its messages"
     case .misuse(let why): "The vhost-user session was used wrongly: \(why)"
     case .system(let doing, let errno): "The vhost-user socket failed while \(doing): \(errno.explanation)"
     }

@@ -2,7 +2,9 @@ import Foundation
 
 /// One record of `protocol/vectors/vhost-user.txt`.
 struct GoldenVector {
-  enum Kind: String { case frontRequest = "front-request", frontReply = "front-reply", backRequest = "back-request", backReply = "back-reply" }
+  enum Kind: String {
+    case frontRequest = "front-request", frontReply = "front-reply", backRequest = "back-request", backReply = "back-reply"
+  }
 
   var name: String
   var kind: Kind
