@@ -1,0 +1,244 @@
+"""Virtual machines for the guest tests: what they consist of, and how Martlet or QEMU is told to run them."""
+
+import ctypes
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import termios
+import time
+import tty
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class Failure(Exception):
+    """The scenario failed; the text says what was expected and what was found."""
+
+
+class Skip(Exception):
+    """The scenario cannot run here; the text says why."""
+
+
+@dataclass
+class Disk:
+    """A disk from an image file, or served by a back end that listens on `socket`."""
+    path: Path = None
+    serial: str = None
+    readonly: bool = False
+    socket: Path = None
+
+
+@dataclass
+class Card:
+    """A network card at a tap that exists, or served by a back end that listens on `socket`."""
+    tap: str = None
+    mac: str = None
+    socket: Path = None
+
+
+@dataclass
+class Machine:
+    """What a virtual machine consists of."""
+    kernel: Path
+    initramfs: Path = None
+    cmdline: str = ""
+    cpus: int = 1
+    memory: str = "256M"
+    disks: list = field(default_factory=list)
+    cards: list = field(default_factory=list)
+    no_reboot: bool = False
+
+
+class Martlet:
+    """The programs of a build directory, by the command line people type."""
+    name = "martlet"
+
+    def __init__(self, binaries, accelerator):
+        self.binaries = Path(binaries)
+
+    def start(self, machine, place):
+        words = [str(self.binaries / "martlet"), "run", "--kernel", str(machine.kernel)]
+        if machine.initramfs:
+            words += ["--initramfs", str(machine.initramfs)]
+        words += ["--cmdline", machine.cmdline, "--cpus", f"boot={machine.cpus}", "--memory", f"size={machine.memory}"]
+        for disk in machine.disks:
+            if disk.socket:
+                words += ["--disk", f"vhost_user=on,socket={disk.socket}"]
+                continue
+            keys = f"path={disk.path}"
+            keys += ",readonly=on" if disk.readonly else ""
+            keys += f",serial={disk.serial}" if disk.serial else ""
+            words += ["--disk", keys]
+        for card in machine.cards:
+            keys = f"vhost_user=on,socket={card.socket}" if card.socket else f"tap={card.tap}"
+            words += ["--net", keys + (f",mac={card.mac}" if card.mac else "")]
+        words += ["--console", "tty", "--serial", f"file={place / 'serial'}", "--control", str(place / "control")]
+        words += ["--no-reboot"] if machine.no_reboot else []
+        return Running(words, place, self)
+
+    def control(self, running, verb):
+        """`martlet ctl VERB`; its output."""
+        done = subprocess.run([str(self.binaries / "martlet"), "ctl", "--control", str(running.place / "control"),
+                               *verb.split()], capture_output=True, text=True, timeout=30)
+        if done.returncode != 0:
+            raise Failure(f"martlet ctl {verb} ended with {done.returncode}: {(done.stdout + done.stderr).strip()}")
+        return done.stdout
+
+    def power_button(self, running):
+        self.control(running, "power-button")
+
+
+class Qemu:
+    """QEMU q35 with the same devices: shows that the scenarios themselves are right."""
+    name = "qemu"
+
+    def __init__(self, binaries, accelerator):
+        self.accelerator = accelerator
+
+    def start(self, machine, place):
+        words = [
+            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,memory-backend=ram",
+            "-accel", self.accelerator, "-cpu", "host" if self.accelerator == "kvm" else "max",
+            "-smp", str(machine.cpus), "-m", machine.memory,
+            "-object", f"memory-backend-memfd,id=ram,size={machine.memory},share=on",
+            "-kernel", str(machine.kernel), "-append", machine.cmdline,
+            "-serial", f"file:{place / 'serial'}", "-qmp", f"unix:{place / 'qmp'},server=on,wait=off",
+            "-chardev", "stdio,id=console,signal=off", "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
+        ]
+        if machine.initramfs:
+            words += ["-initrd", str(machine.initramfs)]
+        words += ["-no-reboot"] if machine.no_reboot else []
+        for number, disk in enumerate(machine.disks):
+            if disk.socket:
+                words += ["-chardev", f"socket,id=blk{number},path={disk.socket}",
+                          "-device", f"vhost-user-blk-pci,chardev=blk{number},disable-legacy=on"]
+                continue
+            mode = "on" if disk.readonly else "off"
+            words += ["-blockdev", f"driver=raw,node-name=d{number},read-only={mode},file.driver=file,file.filename={disk.path}",
+                      "-device", f"virtio-blk-pci,drive=d{number},disable-legacy=on"
+                      + (f",serial={disk.serial}" if disk.serial else "")]
+        for number, card in enumerate(machine.cards):
+            mac = f",mac={card.mac}" if card.mac else ""
+            if card.socket:
+                words += ["-chardev", f"socket,id=net{number},path={card.socket}",
+                          "-netdev", f"vhost-user,id=n{number},chardev=net{number}"]
+            else:
+                words += ["-netdev", f"tap,id=n{number},ifname={card.tap},script=no,downscript=no"]
+            words += ["-device", f"virtio-net-pci,netdev=n{number},disable-legacy=on,romfile={mac}"]
+        return Running(words, place, self)
+
+    def power_button(self, running):
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(10)
+            control.connect(str(running.place / "qmp"))
+            stream = control.makefile("rw")
+            stream.readline()
+            for command in ("qmp_capabilities", "system_powerdown"):
+                stream.write(json.dumps({"execute": command}) + "\n")
+                stream.flush()
+                while "return" not in json.loads(stream.readline()):
+                    pass
+
+
+class Running:
+    """A virtual machine that runs. Its console is a terminal whose other end is here."""
+
+    rows, columns = 37, 111
+
+    def __init__(self, words, place, vmm):
+        self.place, self.vmm, self.words = place, vmm, words
+        self.output = b""
+        self._master, slave = pty.openpty()
+        tty.setraw(slave)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
+        with open(place / "stderr", "ab") as errors:
+            self.process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=errors, start_new_session=True)
+        os.close(slave)
+
+    def _read(self, seconds):
+        if not select.select([self._master], [], [], max(0, seconds))[0]:
+            return False
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:
+            return None
+        self.output += data
+        return True if data else None
+
+    def wait_for(self, pattern, seconds, start=0):
+        """Waits until the console has shown `pattern` (a regular expression) after byte `start`; its match."""
+        deadline = time.monotonic() + seconds
+        while True:
+            match = re.search(pattern.encode(), self.output[start:])
+            if match:
+                return match
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Failure(f"the console did not show '{pattern}' within {seconds} s; {self.tail()}")
+            if self._read(min(left, 1)) is None:
+                raise Failure(f"the machine ended before its console showed '{pattern}'; {self.tail()}")
+
+    def type(self, text):
+        """Types on the console; what it shows from now on begins at the returned byte."""
+        start = len(self.output)
+        os.write(self._master, text.encode())
+        return start
+
+    def wait_for_end(self, seconds):
+        """Reads the console until all of the machine's processes have closed it; the exit code."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Failure(f"the machine did not end within {seconds} s; {self.tail()}")
+            if self._read(min(left, 1)) is None:
+                break
+        try:
+            return self.process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise Failure(f"the console is closed but {self.words[0]} still runs")
+
+    def tail(self):
+        """The last words, for error messages."""
+        pieces = []
+        errors = (self.place / "stderr").read_bytes()
+        serial = (self.place / "serial").read_bytes() if (self.place / "serial").exists() else b""
+        for name, data in (("console", self.output), ("serial", serial), ("stderr", errors)):
+            lines = data.decode(errors="replace").replace("\r", "").strip().splitlines()[-6:]
+            if lines:
+                pieces.append(f"{name}: " + " / ".join(lines))
+        return "; ".join(pieces) or "it said nothing"
+
+    def close(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self._master)
+        (self.place / "console").write_bytes(self.output)
+
+
+def adopt_orphans():
+    """From now on processes whose parent died belong to this one, so that none goes unseen."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def children(pid=None):
+    """Command lines of the living children of this process, by pid."""
+    found = {}
+    for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            try:
+                state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    words = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(child)] = words.strip()
+            except OSError:
+                pass
+    return found
