@@ -4,9 +4,11 @@ import Testing
 
 @Suite("Micro guests on bare KVM", .enabled(if: MicroGuest.hasKVM, MicroGuest.needsKVM), .serialized)
 struct BareMachineTests {
-  @Test("each image starts by its boot protocol and powers off", arguments: [
-    (MicroGuest.Image.elf, "pvh"), (.unpaddedELF, "pvh"), (.bzImage, "linux64"),
-  ])
+  @Test(
+    "each image starts by its boot protocol and powers off",
+    arguments: [
+      (MicroGuest.Image.elf, "pvh"), (.unpaddedELF, "pvh"), (.bzImage, "linux64"),
+    ])
   func starts(_ image: MicroGuest.Image, _ path: String) throws {
     let run = try MicroGuest.runBare(image, "test=exits n=10 mark=end")
     #expect(run.passed && run.exitStatus == 0, run.summary)

@@ -41,7 +41,9 @@ struct MicroRun {
   /// For a failed expectation: what is worth reading.
   var summary: Comment {
     let failed = reports.filter { !$0.passed }.map { "\($0.name): \($0.detail)" }.joined(separator: "; ")
-    return "exit \(exitStatus.map(String.init) ?? "by signal"), failed: [\(failed)], last line: \(output.split(separator: "\n").last ?? "none"), stderr: \(errors.suffix(500))"
+    let last = output.split(separator: "\n").last ?? "none"
+    let status = exitStatus.map(String.init) ?? "by signal"
+    return "exit \(status), failed: [\(failed)], last line: \(last), stderr: \(errors.suffix(500))"
   }
 }
 
@@ -54,9 +56,12 @@ enum MicroGuest {
 
   static let root = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent().deletingLastPathComponent()
 
-  /// The directory with the built guests; built once per test run, in a second or two.
+  /// The directory with the built guests; built once per test run, in a second or two. Where the clone is read-only (the lab
+  /// shares it so) those already built serve.
   static let directory: Result<URL, any Error> = Result {
     let built = root.appendingPathComponent(".build/micro")
+    let present = FileManager.default.fileExists(atPath: built.appendingPathComponent("bare-kvm").path)
+    if present && access(built.path, W_OK) != 0 { return built }
     let (status, _, errors) = try execute(root.appendingPathComponent("scripts/micro-guests").path, [built.path], seconds: 120)
     guard status == 0 else { throw BuildFailure(output: errors) }
     return built
