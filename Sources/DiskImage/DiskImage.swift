@@ -1,1 +1,215 @@
-// DiskImage: see ARCHITECTURE.md.
+// DiskImage: bytes of a disk behind one storage protocol, knowing no virtio. `DiskImage` is an opened image (raw files and
+// block devices today), shared by all threads that serve it; a `StorageEngine` is one thread's way to read and write it:
+// `RingEngine` by io_uring, `BlockingEngine` by ordinary calls where io_uring is missing.
+//
+//     let image = try DiskImage.open("/srv/disk.raw", .init(isReadOnly: false))
+//     var engine = try RingEngine(image, depth: 256)          // in the thread that will use it
+//     engine.begin(slot, StorageRequest(.read, offset: 0, vectors, count: 1, byteCount: 4096))
+//     engine.turn(waiting: true)
+//     while let event = engine.nextEvent() { ... }
+
+import CLinux
+import Glibc
+import HostSystem
+import Synchronization
+
+/// An opened image: its file, its size, and what can be done with it.
+package final class DiskImage: Sendable {
+  package struct Options: Sendable {
+    package var isReadOnly = false
+    /// Bypass the host's page cache (`O_DIRECT`).
+    package var isDirect = false
+
+    package init(isReadOnly: Bool = false, isDirect: Bool = false) {
+      self.isReadOnly = isReadOnly
+      self.isDirect = isDirect
+    }
+  }
+
+  package let file: OwnedFD
+  /// What the image is called in messages.
+  package let name: String
+  /// Bytes a guest can address: a multiple of 512.
+  package let byteCount: UInt64
+  /// Smallest unit the storage transfers, 512 to 65536 bytes. With `isDirect` a request must be a multiple of it.
+  package let logicalBlockSize: Int
+  /// Unit the storage works in best, at least `logicalBlockSize`.
+  package let physicalBlockSize: Int
+  package let isReadOnly: Bool
+  package let isDirect: Bool
+  /// Ranges can be given back to the host (`FALLOC_FL_PUNCH_HOLE`); they read as zeros afterwards.
+  package let canPunchHoles: Bool
+  /// Ranges can be zeroed without transferring zeros, keeping their storage (`FALLOC_FL_ZERO_RANGE`).
+  package let canZeroRanges: Bool
+  /// Ranges can be given storage (`fallocate` as such).
+  package let canAllocate: Bool
+
+  private let failedSync = Atomic<Bool>(false)
+
+  /// The kernel reports a lost write once. From then on nothing can be promised to be stable, so every later flush fails
+  /// until the image is opened again.
+  package var hasFailedSync: Bool { failedSync.load(ordering: .relaxed) }
+  package func noteFailedSync(_ error: Errno) {
+    if !failedSync.exchange(true, ordering: .relaxed) {
+      Log.error("Writing \(name) to stable storage failed: \(error.explanation); all flushes fail from now on")
+    }
+  }
+
+  /// Opens an image by path.
+  package static func open(_ path: String, _ options: Options) throws(DiskImageError) -> DiskImage {
+    let flags = options.isReadOnly ? O_RDONLY : O_RDWR
+    let fd: OwnedFD
+    do {
+      // Not blocking, so that a named pipe in the place of an image cannot hold us; regular files and disks ignore it.
+      fd = try OwnedFD.open(path, flags | O_NONBLOCK)
+    } catch {
+      throw .cannotOpen(path, error.errno)
+    }
+    return try DiskImage(fd, name: path, options)
+  }
+
+  /// Takes an opened image. The access mode of the descriptor must allow what is asked for.
+  package init(_ fd: consuming OwnedFD, name: String, _ options: Options) throws(DiskImageError) {
+    let facts = try Self.examine(fd, name, options)
+    file = fd
+    self.name = name
+    byteCount = facts.byteCount
+    logicalBlockSize = facts.logicalBlockSize
+    physicalBlockSize = facts.physicalBlockSize
+    isReadOnly = options.isReadOnly
+    isDirect = options.isDirect
+    canPunchHoles = facts.canPunchHoles
+    canZeroRanges = facts.canZeroRanges
+    canAllocate = facts.canAllocate
+  }
+
+  /// `O_DIRECT` on x86-64 (asm-generic/fcntl.h).
+  private static let directFlag: CInt = 0o40000
+
+  private struct Facts {
+    var byteCount: UInt64 = 0
+    var logicalBlockSize = 512
+    var physicalBlockSize = 512
+    var canPunchHoles = false
+    var canZeroRanges = false
+    var canAllocate = false
+  }
+
+  private static func examine(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) -> Facts {
+    let flags = clinux_fcntl(fd.rawValue, F_GETFL, 0)
+    guard flags >= 0 else { throw .cannotOpen(name, Errno(-flags)) }
+    let mode = flags & O_ACCMODE
+    guard mode == O_RDWR || (options.isReadOnly && mode == O_RDONLY) else { throw .wrongAccessMode(name, writable: !options.isReadOnly) }
+    if options.isDirect, flags & directFlag == 0 {
+      let result = clinux_fcntl(fd.rawValue, F_SETFL, CLong(flags | directFlag))
+      guard result >= 0 else { throw .noDirectAccess(name, Errno(-result)) }
+    }
+    // A left-over O_NONBLOCK would make transfers fail that have to wait.
+    do { try fd.setNonBlocking(false) } catch { throw .cannotOpen(name, error.errno) }
+    var facts = Facts()
+    let status: FileStatus
+    do { status = try fd.status() } catch { throw .cannotOpen(name, error.errno) }
+    switch status.kind {
+    case .regular:
+      facts.byteCount = status.byteCount
+      facts.physicalBlockSize = status.blockSize >= 512 && status.blockSize <= 65536 ? status.blockSize : 4096
+    case .blockDevice:
+      try examineDevice(fd, name, &facts)
+    default:
+      throw .wrongKind(name)
+    }
+    guard facts.byteCount >= 512 else { throw .tooSmall(name, byteCount: facts.byteCount) }
+    // off_t is signed, and sectors are counted in 64 bits: nothing above can be addressed.
+    guard facts.byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: facts.byteCount) }
+    if facts.byteCount % 512 != 0 {
+      Log.warning("\(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest")
+      facts.byteCount -= facts.byteCount % 512
+    }
+    if !options.isReadOnly { probeAllocation(fd, status, &facts) }
+    try lock(fd, name, options)
+    return facts
+  }
+
+  private static func examineDevice(_ fd: borrowing OwnedFD, _ name: String, _ facts: inout Facts) throws(DiskImageError) {
+    var size: UInt64 = 0
+    var logical: CInt = 0
+    var physical: CUnsignedInt = 0
+    // SAFETY: each call writes one number of the size its definition in linux/fs.h names.
+    let results = unsafe [
+      clinux_ioctl_pointer(fd.rawValue, 0x8008_1272, &size),  // BLKGETSIZE64
+      clinux_ioctl_pointer(fd.rawValue, 0x1268, &logical),  // BLKSSZGET
+      clinux_ioctl_pointer(fd.rawValue, 0x127B, &physical),  // BLKPBSZGET
+    ]
+    if let failed = results.first(where: { $0 < 0 }) { throw .cannotOpen(name, Errno(-failed)) }
+    guard (512...65536).contains(logical), logical & (logical - 1) == 0 else { throw .oddBlockSize(name, Int(logical)) }
+    facts.byteCount = size - size % UInt64(logical)
+    facts.logicalBlockSize = Int(logical)
+    facts.physicalBlockSize = max(Int(logical), Int(clamping: physical))
+  }
+
+  /// Asks the file system without changing anything: a hole beyond the end of a file that keeps its size is no hole.
+  private static func probeAllocation(_ fd: borrowing OwnedFD, _ status: FileStatus, _ facts: inout Facts) {
+    if status.kind == .regular {
+      let beyond = Int(clamping: status.byteCount / 4096 * 4096 &+ 4096)
+      facts.canPunchHoles = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, beyond, 4096) == 0
+      // Zeroing beyond the end would give the range storage; an empty range is refused after the mode was checked.
+      facts.canZeroRanges = clinux_fallocate(fd.rawValue, FallocateMode.zeroRange, beyond, 4096) == 0
+      facts.canAllocate = clinux_fallocate(fd.rawValue, FallocateMode.keepSize, beyond, 4096) == 0
+      if facts.canZeroRanges || facts.canAllocate, facts.canPunchHoles {
+        _ = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, beyond, 4096)
+      }
+    } else {
+      // The kernel zeroes a range of a device by the device's own means or by writing zeros; holes only by its own means,
+      // which cannot be asked for without the system's directories.
+      facts.canZeroRanges = true
+    }
+  }
+
+  /// One writer, or many readers (`F_OFD_SETLK` over the whole file): the lock belongs to the open file, so it is released
+  /// exactly when nobody can write any more, in-flight operations included.
+  private static func lock(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) {
+    let result = clinux_ofd_lock(fd.rawValue, CInt(options.isReadOnly ? F_RDLCK : F_WRLCK))
+    if result == -EAGAIN || result == -EACCES { throw .inUse(name) }
+    if result < 0 { Log.warning("\(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
+  }
+}
+
+/// Mode bits of `fallocate(2)` (linux/falloc.h); the size is always kept.
+package enum FallocateMode {
+  package static let keepSize: CInt = 0x01
+  package static let punchHole: CInt = 0x01 | 0x02
+  package static let zeroRange: CInt = 0x01 | 0x10
+}
+
+/// Why an image cannot be used.
+package enum DiskImageError: Error, Sendable, CustomStringConvertible {
+  case cannotOpen(String, Errno)
+  /// Neither a regular file nor a block device.
+  case wrongKind(String)
+  /// The descriptor was opened for less than is asked for.
+  case wrongAccessMode(String, writable: Bool)
+  /// Less than one sector.
+  case tooSmall(String, byteCount: UInt64)
+  /// More than a file offset can say.
+  case tooLarge(String, byteCount: UInt64)
+  case oddBlockSize(String, Int)
+  /// The file system has no `O_DIRECT`.
+  case noDirectAccess(String, Errno)
+  /// Another process has it open for writing, or we want to write and another one reads.
+  case inUse(String)
+
+  package var description: String {
+    switch self {
+    case .cannotOpen(let name, let errno): "Cannot open disk image \(name): \(errno.explanation)"
+    case .wrongKind(let name): "Disk image \(name) is neither a regular file nor a block device"
+    case .wrongAccessMode(let name, let writable):
+      "The descriptor of disk image \(name) is not open for \(writable ? "reading and writing; open it so, or use --read-only" : "reading")"
+    case .tooSmall(let name, let count): "Disk image \(name) has \(count) bytes; a disk has at least one sector of 512"
+    case .tooLarge(let name, let count): "Disk image \(name) has \(count) bytes, more than can be addressed"
+    case .oddBlockSize(let name, let size): "Disk \(name) has the impossible block size \(size)"
+    case .noDirectAccess(let name, let errno):
+      "Disk image \(name) cannot be used without the page cache on its file system: \(errno.explanation); leave out --direct"
+    case .inUse(let name): "Disk image \(name) is in use by another process; stop that one, or use --read-only in both"
+    }
+  }
+}

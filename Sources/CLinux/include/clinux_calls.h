@@ -42,6 +42,8 @@ int clinux_gettid(void);
 int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data);
 // dup3(O_CLOEXEC): puts the object behind `fd` under `number`, atomically closing what was there.
 int clinux_dup3(int fd, int number);
+int clinux_fallocate(int fd, int mode, off_t offset, off_t length);
+ssize_t clinux_pwritev2(int fd, const struct iovec *parts, int count, off_t offset, int flags);
 // accept4(SOCK_CLOEXEC), the address not wanted.
 int clinux_accept(int listener);
 // fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)

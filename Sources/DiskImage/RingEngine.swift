@@ -1,0 +1,140 @@
+import CLinux
+import Glibc
+import HostSystem
+
+/// Storage by io_uring: what was begun is handed over in one system call, which also reaps and sleeps. Watched descriptors
+/// are polled inside the ring, so the same call waits for kicks. Made and used in one thread.
+@safe
+package struct RingEngine: StorageEngine, ~Copyable {
+  private let image: DiskImage
+  private let depth: Int
+  private let slots: UnsafeMutablePointer<TransferState>
+  private var ring: IORing
+  /// Descriptors whose poll has ended and must begin anew, by token.
+  private var watched: [(token: Int, fd: CInt)] = []
+
+  /// What a completion belongs to, in the upper half of its user data.
+  private enum Kind {
+    static let request: UInt64 = 0
+    static let watch: UInt64 = 1
+    static let unwatch: UInt64 = 2
+  }
+
+  /// - Parameters:
+  ///   - depth: slots.
+  ///   - controlFDs: how many descriptors will be watched at most.
+  /// - Throws: where io_uring cannot be had.
+  package init(_ image: DiskImage, depth: Int, watchLimit: Int = 4) throws(SystemError) {
+    // At most one entry per slot is prepared at a time, and two per watched descriptor: the queue never fills up.
+    var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit)
+    configuration.files = [image.file.rawValue]
+    configuration.workerLimit = 16
+    var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove]
+    if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
+    configuration.allowedOperations = operations
+    let ring = try IORing(configuration)
+    self.init(image, depth, ring)
+  }
+
+  private init(_ image: DiskImage, _ depth: Int, _ ring: consuming IORing) {
+    self.image = image
+    self.depth = depth
+    self.ring = ring
+    unsafe slots = .allocate(capacity: depth)
+    unsafe slots.initialize(repeating: TransferState(), count: depth)
+  }
+
+  deinit { unsafe slots.deallocate() }
+
+  /// How the ring came out on this kernel.
+  package var traits: IORing.Traits { ring.traits }
+
+  package mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome? {
+    precondition(slot >= 0 && slot < depth, "A slot number is below the depth of the engine.")
+    // SAFETY: checked above.
+    if let outcome = unsafe slots[slot].begin(request, image) { return outcome }
+    prepare(slot)
+    return nil
+  }
+
+  private mutating func prepare(_ slot: Int) {
+    let state = unsafe slots + slot
+    let tag = Kind.request << 32 | UInt64(slot)
+    let prepared: Bool
+    switch unsafe state.pointee.step {
+    case .sync: prepared = ring.prepareDataSync(.registered(0), userData: tag)
+    case .allocate(let mode):
+      prepared = unsafe ring.prepareAllocate(
+        .registered(0), mode: UInt32(mode), offset: state.pointee.offset, byteCount: state.pointee.remaining, userData: tag)
+    case .transfer:
+      let offset = unsafe state.pointee.offset
+      let durable = unsafe state.pointee.request.isDurable
+      let reads = unsafe state.pointee.request.operation == .read
+      // SAFETY: the requester keeps memory and pieces until completion.
+      if let piece = unsafe state.pointee.nextPiece {
+        let length = UInt32(unsafe piece.byteCount)
+        prepared =
+          reads
+          ? unsafe ring.prepareRead(.registered(0), into: piece.base, byteCount: length, offset: offset, userData: tag)
+          : unsafe ring.prepareWrite(
+            .registered(0), from: piece.base, byteCount: length, offset: offset, durable: durable, userData: tag)
+      } else {
+        let count = unsafe state.pointee.vectorCount
+        guard let vectors = unsafe state.pointee.vectors else { preconditionFailure("A transfer has memory.") }
+        prepared =
+          reads
+          ? unsafe ring.prepareReadVectored(.registered(0), into: vectors, count: count, offset: offset, userData: tag)
+          : unsafe ring.prepareWriteVectored(
+            .registered(0), from: vectors, count: count, offset: offset, durable: durable, userData: tag)
+      }
+    }
+    precondition(prepared, "The ring has an entry for every slot.")
+  }
+
+  package mutating func watch(_ fd: CInt, token: Int) {
+    watched.append((token, fd))
+    arm(fd, token)
+  }
+
+  private mutating func arm(_ fd: CInt, _ token: Int) {
+    let prepared = ring.preparePoll(
+      .descriptor(fd), for: .readable, repeating: true, userData: Kind.watch << 32 | UInt64(UInt32(truncatingIfNeeded: token)))
+    precondition(prepared, "The ring has entries for what is watched.")
+  }
+
+  package mutating func unwatch(_ fd: CInt, token: Int) {
+    guard watched.contains(where: { $0.token == token }) else { return }
+    watched.removeAll { $0.token == token }
+    let tag = UInt64(UInt32(truncatingIfNeeded: token))
+    let prepared = ring.preparePollRemove(Kind.watch << 32 | tag, userData: Kind.unwatch << 32 | tag)
+    precondition(prepared, "The ring has entries for what is watched.")
+    // At once: the descriptor may be closed after this.
+    _ = ring.enter()
+  }
+
+  package mutating func turn(waiting: Bool) {
+    // Interrupted, or short of room: the caller takes what is there and comes again.
+    _ = ring.enter(waitingFor: waiting ? 1 : 0)
+  }
+
+  package mutating func nextEvent() -> StorageEvent? {
+    // Each round takes one completion off the ring, whose number the kernel bounds.
+    while let completion = ring.nextCompletion() {
+      let number = Int(UInt32(truncatingIfNeeded: completion.userData))
+      switch completion.userData >> 32 {
+      case Kind.request:
+        // SAFETY: the number is one that `prepare` was given.
+        switch unsafe slots[number].advance(Int(completion.result), image) {
+        case .again: prepare(number)
+        case .finished(let outcome): return .completed(slot: number, outcome)
+        }
+      case Kind.watch:
+        guard let entry = watched.first(where: { $0.token == number }) else { continue }
+        if !completion.hasMore, completion.result != -ECANCELED { arm(entry.fd, number) }
+        if completion.result > 0 { return .readable(token: number) }
+      default: continue
+      }
+    }
+    return nil
+  }
+}
