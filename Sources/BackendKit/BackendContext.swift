@@ -2,8 +2,10 @@ import HostSystem
 
 /// What the kit's thread waits for.
 enum BackendToken: Equatable {
-  /// The connection to the front end, or the listening socket while there is none.
+  /// The connection to the front end.
   case control
+  /// The listening socket; watched while there is no connection.
+  case listener
   case signals
   case kick(queue: Int)
   /// A descriptor of the device's own.

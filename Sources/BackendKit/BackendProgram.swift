@@ -45,8 +45,49 @@ public struct BackendProgram: Sendable {
     }
     Log.level = launch.logLevel
     if let title = launch.title { Log.setSpeaker(title) }
-    Log.error("Serving is not there yet")
-    return 1
+    do {
+      return try serve(launch, makeDevice)
+    } catch {
+      Log.error("\(error)")
+      return 1
+    }
+  }
+
+  /// The start order: signals, device, rings and threads, connection, sandbox, READY, service. What needs wide rights
+  /// comes before the sandbox; guests are only served behind it.
+  private func serve<Device: DeviceBackend & ~Copyable>(
+    _ launch: LaunchArguments, _ makeDevice: (LaunchArguments) throws(BackendError) -> Device
+  ) throws(BackendError) -> CInt {
+    do {
+      Signals.ignoreBrokenPipes()
+      let signals = try Signals.descriptor(for: [SIGTERM, SIGINT])
+      let ready = try ReadyPort(launch.readyFD)
+      var context = try BackendContext()
+      try context.loop.add(signals, for: .readable, token: .signals)
+      var device = try makeDevice(launch)
+      try device.prepare(&context)
+      // Late, so that a start that fails leaves no socket behind.
+      let entrance = try Entrance(launch)
+      var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised)
+      try closeSandbox(launch)
+      try ready.announce()
+      Log.info("Serving")
+      return try server.run(entrance, signals)
+    } catch let error as BackendError {
+      throw error
+    } catch let error as SystemError {
+      throw .system(error)
+    } catch {
+      throw .device("\(error)")
+    }
+  }
+
+  /// The walls of a back end that are its own to build. Everything after this line runs with what it has.
+  private func closeSandbox(_ launch: LaunchArguments) throws(SystemError) {
+    // PR_SET_DUMPABLE 0, PR_SET_NO_NEW_PRIVS 1: other processes of the same user cannot look into this one, and nothing it
+    // could execute gains rights.
+    _ = try checked(clinux_prctl(4, 0, 0, 0, 0), "forbid memory dumps")
+    _ = try checked(clinux_prctl(38, 1, 0, 0, 0), "refuse new privileges")
   }
 
   /// The capabilities as one JSON object.
@@ -65,6 +106,17 @@ public struct BackendProgram: Sendable {
         "  " + name + String(repeating: " ", count: width - name.utf8.count) + option.help
       }
   }
+}
+
+/// Where READY is said, once; whoever waits there sees the end if it never is.
+private struct ReadyPort: ~Copyable {
+  private let fd: OwnedFD?
+
+  init(_ number: CInt?) throws(SystemError) {
+    if let number { fd = try .inherited(number) } else { fd = nil }
+  }
+
+  consuming func announce() throws(SystemError) { try fd?.writeAll(Array("READY\n".utf8)) }
 }
 
 extension Log {

@@ -5,9 +5,9 @@ import Synchronization
 /// The descriptors of one queue. The front end may replace the call descriptor at any moment, also while a thread of the
 /// device uses it: so the number stays the same for life, and a new descriptor is put under it atomically (`dup3`).
 public final class QueuePorts: Sendable {
-  private let callPort: EventFD
+  @usableFromInline let callPort: EventFD
   private let errorPort: EventFD
-  private let hasError = Atomic<Bool>(false)
+  private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
 
   init() throws(SystemError) {
@@ -17,36 +17,47 @@ public final class QueuePorts: Sendable {
     counters = QueueCounters()
   }
 
-  /// Notifies the driver (the ring decided that it wants it).
-  @inline(__always)
-  public func call() {
+  @inlinable @inline(__always)
+  func call() {
     callPort.signal()
     counters.calls.add(1)
   }
 
-  /// Tells the front end that the ring is broken, once.
-  func signalError() {
-    if !hasError.exchange(true, ordering: .relaxed) { errorPort.signal() }
+  /// Tells the front end that the ring is broken; false when it was told already.
+  func signalError() -> Bool {
+    let isFirst = !hasSignalledError.exchange(true, ordering: .relaxed)
+    if isFirst { errorPort.signal() }
+    return isFirst
   }
 
-  func replaceCall(_ fd: consuming OwnedFD?) throws(SystemError) { try Self.replace(callPort, with: fd) }
+  /// A ring starts: what is broken from now on is news.
+  func forgetError() { hasSignalledError.store(false, ordering: .relaxed) }
 
-  func replaceError(_ fd: consuming OwnedFD?) throws(SystemError) {
-    hasError.store(false, ordering: .relaxed)
-    try Self.replace(errorPort, with: fd)
+  /// Nil: the driver polls, and calls go nowhere.
+  func replaceCall(_ fd: borrowing OwnedFD?) throws(SystemError) {
+    try Self.replace(callPort, with: fd)
+    // Covers a call that was lost between the old descriptor and the new one; a needless call is allowed.
+    callPort.signal()
   }
 
-  private static func replace(_ port: borrowing EventFD, with fd: consuming OwnedFD?) throws(SystemError) {
-    if let fd {
-      try put(fd.rawValue, under: port.fd.rawValue)
-    } else {
+  func replaceError(_ fd: borrowing OwnedFD) throws(SystemError) { try Self.put(fd.rawValue, under: errorPort.fd.rawValue) }
+
+  func dropError() throws(SystemError) {
+    let dummy = try EventFD()
+    try Self.put(dummy.fd.rawValue, under: errorPort.fd.rawValue)
+  }
+
+  private static func replace(_ port: borrowing EventFD, with fd: borrowing OwnedFD?) throws(SystemError) {
+    switch fd {
+    case .some(let fd): try put(fd.rawValue, under: port.fd.rawValue)
+    case .none:
       let dummy = try EventFD()
       try put(dummy.fd.rawValue, under: port.fd.rawValue)
     }
   }
 
   private static func put(_ fd: CInt, under number: CInt) throws(SystemError) {
-    // EBUSY and EINTR are the races dup2(2) names; both mean "again".
+    // EBUSY and EINTR are the races that dup2(2) names; both mean "again".
     for _ in 0..<100 {
       let result = clinux_dup3(fd, number)
       if result >= 0 { return }
