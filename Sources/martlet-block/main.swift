@@ -1,1 +1,4 @@
-import HostSystem
+import BlockDevice
+import Glibc
+
+exit(BlockProgram.run(CommandLine.arguments))

@@ -1,0 +1,103 @@
+import BackendKit
+import DiskImage
+import HostSystem
+import VirtioQueue
+import VirtioSpec
+
+/// The block device towards the kit: one worker thread per queue, all of them started before the sandbox closes and
+/// asleep until their queue is.
+package struct BlockBackend: DeviceBackend, ~Copyable {
+  /// How the storage is reached.
+  package enum Access: String, Sendable {
+    case ring = "io_uring"
+    /// Ordinary calls, one at a time per queue.
+    case blocking
+  }
+
+  private let space: BlockConfigurationSpace
+  private let access: Access?
+  private var desks: [WorkerDesk] = []
+  private var threads: [HostThread] = []
+  /// Queues a worker has.
+  private var running: Set<Int> = []
+
+  /// - Parameters:
+  ///   - blockSize: the logical block the guest sees; nil for the image's own.
+  ///   - access: nil for io_uring where there is one.
+  package init(
+    image: DiskImage, queueCount: Int, greatestQueueSize: UInt16, blockSize: Int?, serial: String, access: Access? = nil
+  ) {
+    space = BlockConfigurationSpace(
+      image: image, queueCount: queueCount, greatestQueueSize: greatestQueueSize, blockSize: blockSize ?? image.logicalBlockSize,
+      serial: serial)
+    self.access = access
+  }
+
+  deinit {
+    for desk in desks { desk.give(.leave) }
+    for thread in threads { thread.join() }
+  }
+
+  package var profile: DeviceProfile {
+    DeviceProfile(
+      device: .block, queueCount: space.queueCount, greatestQueueSize: space.greatestQueueSize, features: space.features,
+      kickWaiter: .device)
+  }
+
+  package var configuration: [UInt8] { space.bytes }
+
+  package mutating func prepare(_ context: inout BackendContext) throws(BackendError) {
+    do {
+      for index in 0..<space.queueCount {
+        let desk = try WorkerDesk()
+        let start = StartReport()
+        let space = space
+        let access = access
+        let ready = try EventFD()
+        let signal = try ready.duplicate()
+        let port = SignalPort(signal)
+        threads.append(
+          try HostThread.start(name: "queue \(index)") {
+            runBlockWorker(desk, space, access) { report in
+              start.set(report)
+              port.event.signal()
+            }
+          })
+        desks.append(desk)
+        try ready.fd.waitUntil(.readable)
+        switch start.value {
+        case .ready(let how): if index == 0 { Log.info("Storage: \(how)") }
+        case .failed(let error): throw BackendError.system(error)
+        case nil: throw BackendError.device("A queue's thread said nothing")
+        }
+      }
+    } catch let error as BackendError {
+      throw error
+    } catch let error as SystemError {
+      throw .system(error)
+    } catch {
+      throw .device("\(error)")
+    }
+  }
+
+  package mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) { space.negotiated(features) }
+
+  package mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool {
+    space.write(bytes, at: offset)
+  }
+
+  package mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
+    let index = queue.index
+    running.insert(index)
+    desks[index].give(.serve(queue))
+  }
+
+  package mutating func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue? {
+    guard running.remove(index) != nil else { return nil }
+    desks[index].give(.stop)
+    do { return try desks[index].collect() } catch { throw .system(error) }
+  }
+
+  package mutating func reset(_ context: inout BackendContext) { space.reset() }
+  package mutating func disconnected(_ context: inout BackendContext) { space.reset() }
+}

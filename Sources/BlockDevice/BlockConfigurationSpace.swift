@@ -1,0 +1,110 @@
+import DiskImage
+import Synchronization
+import VirtioSpec
+
+/// What the driver sees of the disk, and the one thing it can change: the write cache.
+final class BlockConfigurationSpace: Sendable {
+  let image: DiskImage
+  let queueCount: Int
+  let greatestQueueSize: UInt16
+  let blockSize: Int
+  /// GET_ID's answer: 20 bytes, padded with zeros.
+  let serial: [UInt8]
+
+  /// What the driver wrote into `writeback`; until it does, write-back. Stays until the device is reset: a stop and a start,
+  /// with the same features negotiated again, must not loosen what the driver relies on.
+  private let wantsWriteback = Atomic<Bool>(true)
+  private let negotiatedBits = Atomic<UInt64>(0)
+  /// Completed writes may stay in the host's cache until a flush. Read by every queue for every write.
+  private let isWriteback = Atomic<Bool>(true)
+
+  init(image: DiskImage, queueCount: Int, greatestQueueSize: UInt16, blockSize: Int, serial: String) {
+    self.image = image
+    self.queueCount = queueCount
+    self.greatestQueueSize = greatestQueueSize
+    self.blockSize = blockSize
+    var bytes = Array(serial.utf8.prefix(BlockSpec.idByteCount))
+    bytes.append(contentsOf: repeatElement(0, count: BlockSpec.idByteCount - bytes.count))
+    self.serial = bytes
+  }
+
+  /// Everything this disk can do.
+  var features: FeatureSet {
+    var features: FeatureSet = [
+      .version1, .indirectDescriptors, .eventIndex, .packedRing, .blockSegMax, .blockBlockSize, .blockFlush, .blockTopology,
+      .blockConfigWriteCache,
+    ]
+    if queueCount > 1 { features.insert(.blockMultipleQueues) }
+    if image.isReadOnly { features.insert(.blockReadOnly) }
+    if !image.isReadOnly, image.canPunchHoles { features.insert(.blockDiscard) }
+    if !image.isReadOnly, image.canPunchHoles || image.canZeroRanges { features.insert(.blockWriteZeroes) }
+    return features
+  }
+
+  /// The driver's choice. Without FLUSH it cannot ask for stability, so every write is stable by itself.
+  func negotiated(_ features: FeatureSet) {
+    negotiatedBits.store(features.rawValue, ordering: .relaxed)
+    decide()
+  }
+
+  func reset() {
+    wantsWriteback.store(true, ordering: .relaxed)
+    negotiatedBits.store(0, ordering: .relaxed)
+    isWriteback.store(true, ordering: .relaxed)
+  }
+
+  private var negotiatedFeatures: FeatureSet { FeatureSet(rawValue: negotiatedBits.load(ordering: .relaxed)) }
+
+  private func decide() {
+    let canFlush = negotiatedFeatures.contains(.blockFlush)
+    isWriteback.store(canFlush && wantsWriteback.load(ordering: .relaxed), ordering: .relaxed)
+  }
+
+  var isWriteThrough: Bool { !isWriteback.load(ordering: .relaxed) }
+
+  /// For the queues that start now.
+  var limits: BlockLimits {
+    let features = negotiatedFeatures
+    return BlockLimits(
+      capacity: image.byteCount / 512, isReadOnly: image.isReadOnly, allowsDiscard: features.contains(.blockDiscard),
+      allowsWriteZeroes: features.contains(.blockWriteZeroes))
+  }
+
+  /// The configuration space as it is now.
+  var bytes: [UInt8] {
+    var space = BlockConfiguration()
+    space.capacity = image.byteCount / 512
+    // A request is data between a header and a status byte, each in a descriptor of its own.
+    space.segmentMax = UInt32(max(1, Int(greatestQueueSize) - 2))
+    space.blockSize = UInt32(blockSize)
+    let physical = max(blockSize, min(image.physicalBlockSize, 65536))
+    space.physicalBlockExponent = UInt8((physical / blockSize).trailingZeroBitCount)
+    space.minimumIOSize = 1
+    space.optimalIOSize = 0
+    space.writeback = isWriteback.load(ordering: .relaxed) ? 1 : 0
+    space.queueCount = UInt16(queueCount)
+    let offered = features
+    if offered.contains(.blockDiscard) {
+      space.maxDiscardSectors = BlockLimits.greatestRange
+      space.maxDiscardSegments = UInt32(BlockLimits.greatestRangeCount)
+      // Smaller holes give nothing back.
+      space.discardSectorAlignment = UInt32(physical / 512)
+    }
+    if offered.contains(.blockWriteZeroes) {
+      space.maxWriteZeroesSectors = BlockLimits.greatestRange
+      space.maxWriteZeroesSegments = UInt32(BlockLimits.greatestRangeCount)
+      space.writeZeroesMayUnmap = image.canPunchHoles ? 1 : 0
+    }
+    return space.encoded()
+  }
+
+  /// The driver writes `writeback`, the one field that is its own; false for anything else.
+  func write(_ bytes: [UInt8], at offset: Int) -> Bool {
+    guard offset == BlockConfiguration.Offset.writeback, bytes.count == 1, bytes[0] <= 1,
+      negotiatedFeatures.contains(.blockConfigWriteCache)
+    else { return false }
+    wantsWriteback.store(bytes[0] == 1, ordering: .relaxed)
+    decide()
+    return true
+  }
+}
