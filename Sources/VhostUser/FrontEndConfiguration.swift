@@ -103,7 +103,7 @@ public struct VringActivation: Sendable {
 }
 
 /// Everything a back end needs to serve a guest's driver.
-public struct Activation: Sendable {
+public struct BackEndActivation: Sendable {
   /// What the driver acknowledged.
   public var features: FeatureSet
   public var regions: [SharedRegion]

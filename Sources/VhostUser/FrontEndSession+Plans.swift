@@ -71,7 +71,7 @@ extension FrontEndSession {
 
   // MARK: Checks of what the owner asks for
 
-  private func check(_ activation: Activation) throws(VhostUserError) {
+  private func check(_ activation: BackEndActivation) throws(VhostUserError) {
     guard let offer else { throw .misuse("an activation before first contact") }
     guard !isRunning else { throw .misuse("an activation while rings run") }
     guard activation.features.isSubset(of: offer.features) else {
@@ -91,7 +91,7 @@ extension FrontEndSession {
 
   // MARK: Sequences
 
-  private mutating func activationSteps(_ activation: Activation) throws(VhostUserError) -> [Step] {
+  private mutating func activationSteps(_ activation: BackEndActivation) throws(VhostUserError) -> [Step] {
     guard let offer else { return [] }
     var features = activation.features
     if offer.hasProtocolFeatures { features.insert(.vhostUserProtocolFeatures) }
@@ -114,7 +114,7 @@ extension FrontEndSession {
 
   /// Sizes of all rings first (some back ends need them before the inflight area), then each ring with its kick last,
   /// because the kick starts it; then all are enabled.
-  private func vringSteps(_ activation: Activation, bases: [VringState]) -> [Step] {
+  private func vringSteps(_ activation: BackEndActivation, bases: [VringState]) -> [Step] {
     var steps = activation.vrings.map { vring in
       step(.setVringNum(VringState(index: UInt32(vring.index), number: UInt32(vring.size))))
     }

@@ -45,7 +45,7 @@ public struct FrontEndSession: ~Copyable {
 
   enum Operation: Sendable {
     case negotiate
-    case activate(Activation)
+    case activate(BackEndActivation)
     case stop(StopMode)
     case resume
     case reset
@@ -95,7 +95,7 @@ public struct FrontEndSession: ~Copyable {
   var sawFeatures = false
   var draft = Offer(features: [], protocolFeatures: [], hasProtocolFeatures: false)
   /// What runs, or what `stop` stopped.
-  var activation: Activation?
+  var activation: BackEndActivation?
   var isRunning = false
   var bases: [VringState] = []
   /// The regions the back end holds because of `ADD_MEM_REG`.
@@ -177,7 +177,7 @@ public struct FrontEndSession: ~Copyable {
   public mutating func negotiate(now: MonotonicTime) { begin(.negotiate, now) }
 
   /// Features, memory and rings. Ends with `.activated`. Only after `.negotiated`, and not while rings run.
-  public mutating func activate(_ activation: Activation, now: MonotonicTime) { begin(.activate(activation), now) }
+  public mutating func activate(_ activation: BackEndActivation, now: MonotonicTime) { begin(.activate(activation), now) }
 
   /// Stops all rings. Ends with `.stopped`; nothing runs: at once.
   public mutating func stop(_ mode: StopMode = .drain, now: MonotonicTime) { begin(.stop(mode), now) }

@@ -1,124 +1,9 @@
 import Foundation
 import HostSystem
+import TestSupport
 import Testing
 import VhostUser
 import VirtioSpec
-
-/// A device that does nothing but remember what it was told.
-struct RecordingDevice: BackEndDelegate, ~Copyable {
-  var log: [String] = []
-  var configurationSpace: [UInt8] = Array(0..<64)
-  /// `stopVring` leaves the answer to `finishStop`.
-  var drains = false
-  var resetTakesTime = false
-  /// What the next call that can refuse is refused with.
-  var refusal: Refusal?
-  var bases: [Int: UInt32] = [:]
-  var kicks: [Int: SharedDescriptor] = [:]
-  var calls: [Int: SharedDescriptor] = [:]
-  var errs: [Int: SharedDescriptor] = [:]
-  var memory: [SharedDescriptor] = []
-  var inflight: SharedDescriptor?
-  var layouts: [Int: VringLayout] = [:]
-  /// The name of the memory objects made for inflight areas.
-  var inflightName = "inflight"
-
-  private mutating func refuseOnce() throws(Refusal) {
-    if let refusal = refusal.take() { throw refusal }
-  }
-
-  private func keep(_ fd: consuming OwnedFD?) -> SharedDescriptor? {
-    guard let fd = fd.take() else { return nil }
-    return SharedDescriptor(fd)
-  }
-
-  mutating func replaceMemory(_ regions: [RegionDescription], _ descriptors: consuming ReceivedDescriptors) throws(Refusal) {
-    try refuseOnce()
-    memory = []
-    while let fd = descriptors.takeFirst() { memory.append(SharedDescriptor(fd)) }
-    log.append("memory \(regions.count)")
-  }
-  mutating func addMemory(_ region: RegionDescription, _ descriptor: consuming OwnedFD) throws(Refusal) {
-    try refuseOnce()
-    memory.append(SharedDescriptor(descriptor))
-    log.append("add \(region.guestAddress)")
-  }
-  mutating func removeMemory(_ region: RegionDescription) throws(Refusal) {
-    try refuseOnce()
-    if !memory.isEmpty { memory.removeLast() }
-    log.append("remove \(region.guestAddress)")
-  }
-  mutating func setFeatures(_ features: FeatureSet, logging: Bool) throws(Refusal) {
-    try refuseOnce()
-    log.append("features \(features.bits)\(logging ? " log" : "")")
-  }
-  mutating func startVring(_ setup: consuming VringSetup) throws(Refusal) {
-    try refuseOnce()
-    let index = setup.index
-    layouts[index] = setup.layout
-    bases[index] = setup.base
-    log.append("start \(index) size \(setup.layout.size) base \(setup.base)\(setup.isEnabled ? " enabled" : "")")
-    kicks[index] = keep(setup.kick.take())
-    calls[index] = keep(setup.call.take())
-    errs[index] = setup.err
-  }
-  mutating func moveVring(at index: Int, to layout: VringLayout) {
-    layouts[index] = layout
-    log.append("move \(index)")
-  }
-  mutating func stopVring(at index: Int, suspending: Bool) throws(Refusal) -> StopOutcome {
-    try refuseOnce()
-    log.append("stop \(index)\(suspending ? " suspending" : "")")
-    kicks[index] = nil
-    calls[index] = nil
-    return drains ? .pending : .stopped(base: (bases[index] ?? 0) + 5)
-  }
-  mutating func enableVring(at index: Int, _ isEnabled: Bool) { log.append("\(isEnabled ? "enable" : "disable") \(index)") }
-  mutating func replaceKick(at index: Int, _ kick: consuming OwnedFD?) throws(Refusal) {
-    kicks[index] = keep(kick)
-    log.append("kick \(index)")
-  }
-  mutating func replaceCall(at index: Int, _ call: consuming OwnedFD?) {
-    calls[index] = keep(call)
-    log.append("call \(index)\(calls[index] == nil ? " none" : "")")
-  }
-  mutating func replaceErr(at index: Int, _ err: SharedDescriptor?) { errs[index] = err }
-  mutating func resetDevice() -> ResetOutcome {
-    log.append("reset")
-    kicks = [:]
-    calls = [:]
-    return resetTakesTime ? .pending : .done
-  }
-  mutating func configuration(_ range: Range<Int>) throws(Refusal) -> [UInt8] {
-    try refuseOnce()
-    guard range.upperBound <= configurationSpace.count else { throw Refusal("the configuration space ends before that") }
-    return Array(configurationSpace[range])
-  }
-  mutating func writeConfiguration(at offset: Int, _ bytes: [UInt8], migrating: Bool) throws(Refusal) {
-    try refuseOnce()
-    guard offset + bytes.count <= configurationSpace.count else { throw Refusal("the configuration space ends before that") }
-    configurationSpace.replaceSubrange(offset..<offset + bytes.count, with: bytes)
-    log.append("write \(offset) \(bytes)\(migrating ? " migrating" : "")")
-  }
-  mutating func makeInflightArea(queueCount: Int, queueSize: Int) throws(Refusal) -> InflightArea? {
-    try refuseOnce()
-    let size = UInt64(queueCount * (queueSize * 16 + 64))
-    guard let fd = try? SharedMemory.sealed(name: inflightName, byteCount: size) else { return nil }
-    return InflightArea(
-      description: InflightDescription(size: size, queueCount: UInt16(queueCount), queueSize: UInt16(queueSize)), fd: fd)
-  }
-  mutating func setInflightArea(_ description: InflightDescription, _ descriptor: consuming OwnedFD) throws(Refusal) {
-    inflight = SharedDescriptor(descriptor)
-    log.append("inflight \(description.queueCount)x\(description.queueSize)")
-  }
-  mutating func setLog(_ description: LogDescription, _ descriptor: consuming OwnedFD) throws(Refusal) {
-    log.append("log \(description.size)")
-  }
-  mutating func setLogSignal(_ descriptor: consuming OwnedFD) throws(Refusal) { log.append("log signal") }
-  mutating func setMTU(_ bytes: Int) throws(Refusal) { log.append("mtu \(bytes)") }
-  mutating func sendRARP(_ address: [UInt8]) throws(Refusal) { log.append("rarp \(address)") }
-  mutating func setStatus(_ status: DeviceStatus) throws(Refusal) { log.append("status \(status.rawValue)") }
-}
 
 let guestFeatures: FeatureSet = [.version1, .indirectDescriptors, .eventIndex, .packedRing]
 
@@ -243,9 +128,9 @@ func standardConfiguration() -> FrontEndConfiguration {
   return configuration
 }
 
-func sampleActivation(rings: Int, regions: Int = 1, base: UInt32 = 0, _ object: borrowing OwnedFD) throws -> Activation {
+func sampleActivation(rings: Int, regions: Int = 1, base: UInt32 = 0, _ object: borrowing OwnedFD) throws -> BackEndActivation {
   let descriptor = try SharedDescriptor(duplicating: object)
-  return Activation(
+  return BackEndActivation(
     features: [.version1, .eventIndex], regions: regionDescriptions(regions).map { SharedRegion($0, descriptor) },
     vrings: try (0..<rings).map { index in
       let address = ringAddress(UInt32(index))
@@ -254,15 +139,4 @@ func sampleActivation(rings: Int, regions: Int = 1, base: UInt32 = 0, _ object: 
         usedRing: address.usedRing, base: base, kick: SharedDescriptor(try EventFD().fd.duplicate()),
         call: SharedDescriptor(try EventFD().fd.duplicate()))
     })
-}
-
-/// `#expect` for expressions about values that cannot be copied, which the macro cannot take apart.
-func check(
-  _ condition: @autoclosure () throws -> Bool, _ comment: @autoclosure () -> String = "", sourceLocation: SourceLocation = #_sourceLocation
-) rethrows {
-  if try !condition() { Issue.record("\(comment())", sourceLocation: sourceLocation) }
-}
-
-func checkEqual<T: Equatable>(_ value: T, _ expected: T, sourceLocation: SourceLocation = #_sourceLocation) {
-  #expect(value == expected, sourceLocation: sourceLocation)
 }

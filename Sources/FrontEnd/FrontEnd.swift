@@ -1,1 +1,0 @@
-// FrontEnd: see ARCHITECTURE.md.
