@@ -229,6 +229,11 @@ def adopt_orphans():
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
+def die_with_parent():
+    """Asked to end when the parent is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def children(pid=None):
     """Command lines of the living children of this process, by pid."""
     found = {}

@@ -166,13 +166,12 @@ class Trial:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        for pid in vmm.children():
-            os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
-        except ChildProcessError:
-            pass
+        # Whoever dies leaves its children to this process, so a few turns may be needed.
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and (left := vmm.children()):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
         for tap in self._taps:
             subprocess.run(["ip", "link", "del", tap], capture_output=True)
 
