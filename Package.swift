@@ -43,7 +43,7 @@ let layer0: [Target] = [
 
 let layer1: [Target] = [
   .target(
-    name: "CSandbox", dependencies: ["CCapNG"],
+    name: "CSandbox", dependencies: ["CCapNG", "CLinux"],
     cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-ffunction-sections"])]),
   module("HostSystem", ["CLinux"]),
   module("VirtioSpec"),
@@ -67,7 +67,7 @@ let layer3: [Target] = [
 let layer4: [Target] = [
   module("BackendKit", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "Sandbox"]),
   module("FrontEnd", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport"]),
-  module("Supervision", ["CLinux", "HostSystem", "VirtioSpec", "Sandbox", "ControlProtocol"]),
+  module("Supervision", ["CLinux", "CSandbox", "HostSystem", "VirtioSpec", "Sandbox", "ControlProtocol"]),
   module("Machine", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot"]),
 ]
 
@@ -85,7 +85,7 @@ let layer5: [Target] = [
 
 let programs: [Target] = [
   program("martlet", ["CLinux", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"]),
-  program("martlet-supervisor", ["HostSystem", "Supervision"]),
+  program("martlet-supervisor", ["HostSystem", "ControlProtocol", "Supervision"]),
   program("martlet-core", ["HostSystem", "Monitor"]),
   program("martlet-block", ["HostSystem", "BlockDevice"]),
   program("martlet-net", ["HostSystem", "NetDevice"]),
@@ -103,6 +103,9 @@ let testTargets: [Target] = [
   .target(
     name: "TestSupport", dependencies: everything.map { .byName(name: $0) }, path: "Tests/TestSupport",
     swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)]),
+  .executableTarget(
+    name: "martlet-fake", dependencies: ["HostSystem", "VirtioSpec", "ControlProtocol", "Sandbox"].map { .byName(name: $0) },
+    path: "Tests/FakeProgram", swiftSettings: strict, linkerSettings: staticPIE),
   tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
   tests("VirtioSpecTests", ["VirtioSpec"]),
   tests("VMMemoryTests", ["CLinux", "HostSystem", "VMMemory", "TestSupport"]),

@@ -30,6 +30,8 @@ int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, 
   return result(prctl(option, a, b, c, d));
 }
 
+int clinux_pipe(int *ends, int flags) { return result(pipe2(ends, flags)); }
+
 int clinux_memfd_create(const char *name, unsigned flags) { return result(syscall(SYS_memfd_create, name, flags)); }
 
 int clinux_pidfd_open(int pid) { return result(syscall(SYS_pidfd_open, pid, 0)); }

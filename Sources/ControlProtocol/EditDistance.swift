@@ -5,7 +5,8 @@ package enum EditDistance {
 
   /// The optimal string alignment distance, counted in bytes.
   package static func between(_ first: String, _ second: String) -> Int {
-    let a = Array(first.utf8), b = Array(second.utf8)
+    let a = Array(first.utf8)
+    let b = Array(second.utf8)
     if a.isEmpty || b.isEmpty { return max(a.count, b.count) }
     var beforePrevious = [Int](repeating: 0, count: b.count + 1)
     var previous = Array(0...b.count)

@@ -1,1 +1,4 @@
-import HostSystem
+import ControlProtocol
+import Glibc
+
+exit(Verb.main(Array(CommandLine.arguments.dropFirst())).rawValue)

@@ -32,6 +32,8 @@ int clinux_fcntl(int fd, int command, long argument);
 // fcntl(F_OFD_SETLK): kind is F_RDLCK, F_WRLCK or F_UNLCK over the whole file.
 int clinux_ofd_lock(int fd, int kind);
 int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
+// pipe2: reading end first.
+int clinux_pipe(int *ends, int flags);
 int clinux_memfd_create(const char *name, unsigned flags);
 int clinux_pidfd_open(int pid);
 int clinux_pidfd_send_signal(int pidfd, int signal);

@@ -1,0 +1,34 @@
+import HostSystem
+
+/// A descriptor that waits in a list until it is given away; lists cannot hold it directly.
+final class FDBox {
+  private var fd: OwnedFD?
+
+  init(_ fd: consuming OwnedFD) { self.fd = consume fd }
+
+  /// The number, to be lent to a call; -1 when it has been taken.
+  var number: CInt {
+    // Borrowing an optional owner is done by a switch.
+    switch fd {
+    case .some(let fd): fd.rawValue
+    case .none: -1
+    }
+  }
+
+  /// Gives it away.
+  func take() -> OwnedFD? { fd.take() }
+
+  /// Closes it.
+  func close() { _ = fd.take() }
+}
+
+/// Runs `body` and turns its failure into ours.
+func attempt<Result: ~Copyable>(
+  _ body: () throws(SystemError) -> Result, or failure: (SystemError) -> SupervisionError
+) throws(SupervisionError) -> Result {
+  do { return try body() } catch { throw failure(error) }
+}
+
+/// `O_PATH` and `O_NOFOLLOW`, which libc's headers show to GNU sources only (asm-generic/fcntl.h).
+let pathOnly: CInt = 0o10000000
+let noFollow: CInt = 0o400000

@@ -1,0 +1,159 @@
+import CLinux
+import ControlProtocol
+import HostSystem
+import VirtioSpec
+
+/// One device before its start: what the core is told, and either the program that serves it with its resources opened,
+/// or the connected socket of an external back end.
+final class DevicePlan {
+  enum BackEnd {
+    /// Our program, its arguments behind the common ones, and what it is given from descriptor 5 on.
+    case program(String, arguments: [String], resources: [FDBox], isOnTerminal: Bool)
+    case external(FDBox)
+  }
+
+  let assignment: DeviceAssignment
+  let backEnd: BackEnd
+
+  init(_ assignment: DeviceAssignment, _ backEnd: BackEnd) {
+    self.assignment = assignment
+    self.backEnd = backEnd
+  }
+}
+
+/// The first descriptor of a process that is its own resource (launch contract).
+let firstResource = 5
+
+/// Where the bytes of a console or serial port go, as arguments and descriptors of a console process.
+struct TerminalPlan {
+  let arguments: [String]
+  let resources: [FDBox]
+  let isOnTerminal: Bool
+}
+
+/// Opens everything that the devices of a configuration need, in the order of the command line.
+struct DevicePlanner {
+  let configuration: VMConfiguration
+  let guardian: TerminalGuard
+  /// Lines for the person, such as the path of a pseudo-terminal.
+  private(set) var announcements: [String] = []
+  private var nextSlot: UInt8 = 1
+
+  init(configuration: VMConfiguration, guardian: TerminalGuard) {
+    self.configuration = configuration
+    self.guardian = guardian
+  }
+
+  mutating func planDevices() throws(SupervisionError) -> [DevicePlan] {
+    var plans: [DevicePlan] = []
+    for disk in configuration.disks { plans.append(try plan(disk)) }
+    for net in configuration.nets { plans.append(try plan(net)) }
+    for generic in configuration.generics {
+      plans.append(
+        DevicePlan(
+          assign(generic.id, generic.deviceType, generic.queueSizes), try external(generic.socket, generic.id)))
+    }
+    if configuration.console != .off {
+      let terminal = try planTerminal(configuration.console, option: "--console")
+      plans.append(
+        DevicePlan(
+          assign(VMConfiguration.Reserved.console, .console, [64, 64]),
+          .program(
+            "martlet-console", arguments: terminal.arguments, resources: terminal.resources,
+            isOnTerminal: terminal.isOnTerminal)))
+    }
+    return plans
+  }
+
+  private mutating func assign(
+    _ id: String, _ type: DeviceID, _ queueSizes: [UInt16], own: FeatureSet = [], configuration: [UInt8] = []
+  ) -> DeviceAssignment {
+    defer { nextSlot += 1 }
+    return DeviceAssignment(
+      id: id, deviceType: type, pciSlot: nextSlot, queueSizes: queueSizes, ownFeatures: own, configuration: configuration)
+  }
+
+  private mutating func plan(_ disk: VMConfiguration.Disk) throws(SupervisionError) -> DevicePlan {
+    let sizes = [UInt16](repeating: disk.queueSize, count: Int(disk.queueCount))
+    let assignment = assign(disk.id, .block, sizes)
+    switch disk.source {
+    case .socket(let path): return DevicePlan(assignment, try external(path, disk.id))
+    case .image(let path, let readOnly):
+      let image = FDBox(try HostFiles.image(path, readOnly: readOnly, disk: disk.id))
+      var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)"]
+      if readOnly { arguments.append("--read-only") }
+      arguments.append("--serial=\(disk.serial ?? String(disk.id.prefix(VMConfiguration.Limits.serial)))")
+      return DevicePlan(
+        assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))
+    }
+  }
+
+  private mutating func plan(_ net: VMConfiguration.Net) throws(SupervisionError) -> DevicePlan {
+    var space = NetConfiguration()
+    let mac = net.mac ?? Self.derivedMAC(vm: configuration.name, device: net.id)
+    space.mac = MACAddress(octets: (mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]))
+    space.status = NetSpec.linkUp
+    let assignment = assign(
+      net.id, .net, [net.queueSize, net.queueSize], own: [.netMAC, .netStatus], configuration: space.encoded())
+    switch net.source {
+    case .socket(let path): return DevicePlan(assignment, try external(path, net.id))
+    case .tap(let tap):
+      let queue = FDBox(try TapInterface.attach(tap, net: net.id))
+      return DevicePlan(
+        assignment,
+        .program("martlet-net", arguments: ["--tap-fd=\(firstResource)"], resources: [queue], isOnTerminal: false))
+    }
+  }
+
+  private func external(_ path: String, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {
+    let deadline = Duration.milliseconds(configuration.deadlines.connect)
+    let socket = try attempt { () throws(SystemError) in
+      try UnixSocket.connect(to: path, timeout: deadline)
+    } or: {
+      .backendSocket(device: id, path: path, $0.errno)
+    }
+    return .external(FDBox(socket))
+  }
+
+  /// The host side of a console.
+  mutating func planTerminal(
+    _ terminal: VMConfiguration.Terminal, option: String
+  ) throws(SupervisionError) -> TerminalPlan {
+    let n = firstResource
+    switch terminal {
+    case .off, .null: return TerminalPlan(arguments: ["--null"], resources: [], isOnTerminal: false)
+    case .tty:
+      // Our standard input and output, whatever they are; closed ones read as ended.
+      let input = try Self.inherited(0)
+      let output = try Self.inherited(1)
+      return TerminalPlan(
+        arguments: ["--tty-in-fd=\(n)", "--tty-out-fd=\(n + 1)"], resources: [input, output], isOnTerminal: true)
+    case .pty:
+      let pty = try PseudoTerminal(option: option)
+      announcements.append("\(option.dropFirst(2)): \(pty.path)")
+      return TerminalPlan(arguments: ["--pty-fd=\(n)"], resources: [FDBox(pty.take())], isOnTerminal: false)
+    case .file(let path):
+      let file = try HostFiles.consoleFile(path, option: option)
+      return TerminalPlan(arguments: ["--file-fd=\(n)"], resources: [FDBox(file)], isOnTerminal: false)
+    case .socket(let path):
+      let listener = try guardian.listen(at: path, option: "\(option) socket")
+      return TerminalPlan(arguments: ["--listen-fd=\(n)"], resources: [FDBox(listener)], isOnTerminal: false)
+    }
+  }
+
+  private static func inherited(_ number: CInt) throws(SupervisionError) -> FDBox {
+    let result = clinux_fcntl(number, F_DUPFD_CLOEXEC, 3)
+    return FDBox(result >= 0 ? OwnedFD(owning: result) : try HostFiles.null())
+  }
+
+  /// Always the same for the same names: locally administered, unicast, five bytes of an FNV-1a hash.
+  static func derivedMAC(vm: String, device: String) -> [UInt8] {
+    var hash: UInt64 = 0xCBF2_9CE4_8422_2325
+    for byte in "\(vm)/\(device)".utf8 { hash = (hash ^ UInt64(byte)) &* 0x100_0000_01B3 }
+    return [0x02] + (0..<5).map { UInt8(truncatingIfNeeded: hash >> (8 * UInt64($0))) }
+  }
+}
+
+extension PseudoTerminal {
+  consuming func take() -> OwnedFD { master }
+}

@@ -1,0 +1,78 @@
+import CLinux
+import ControlProtocol
+import HostSystem
+
+/// Opens what the command line names. Each failure says which option and file it concerns.
+enum HostFiles {
+  static func kvm() throws(SupervisionError) -> OwnedFD {
+    do { return try OwnedFD.open("/dev/kvm", O_RDWR) } catch {
+      throw error.errno == .noEntry ? .noKVM : .kvmDenied(error.errno)
+    }
+  }
+
+  /// A kernel or initramfs: a regular file with something in it.
+  static func payload(_ path: String, what: String, memory: UInt64) throws(SupervisionError) -> OwnedFD {
+    // Non-blocking, so that a named pipe does not hold us up before it is refused.
+    let fd = try open(path, O_RDONLY | O_NONBLOCK, what: what)
+    let status = try examine(fd)
+    guard status.kind == .regular else { throw .wrongKind(what: what, path: path, wants: "a regular file") }
+    guard status.byteCount > 0 else { throw .empty(what: what, path: path) }
+    guard status.byteCount < memory else {
+      throw .tooLarge(what: what, path: path, byteCount: status.byteCount, memory: memory)
+    }
+    try clearNonBlocking(fd)
+    return fd
+  }
+
+  /// A disk image or block device, locked against other users: a write lock for writers, a read lock for readers. The
+  /// lock belongs to the open file description and so goes with the descriptor to the block process.
+  static func image(_ path: String, readOnly: Bool, disk: String) throws(SupervisionError) -> OwnedFD {
+    let what = "image of disk \(disk)"
+    // O_EXCL without O_CREAT claims a block device that is not mounted, and means nothing for a regular file.
+    let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR | O_EXCL) | O_NONBLOCK, what: what)
+    let kind = try examine(fd).kind
+    guard kind == .regular || kind == .blockDevice else {
+      throw .wrongKind(what: what, path: path, wants: "a regular file or block device")
+    }
+    try clearNonBlocking(fd)
+    let lock = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
+    switch -lock {
+    case EAGAIN, EACCES:
+      throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: try examine(fd)))
+    case 0: break
+    default:
+      Log.warning("Image '\(path)' of disk \(disk) cannot be locked (\(Errno(-lock).explanation)); do not use it twice")
+    }
+    return fd
+  }
+
+  /// The output of a console: appended to, made if missing.
+  static func consoleFile(_ path: String, option: String) throws(SupervisionError) -> OwnedFD {
+    do {
+      let fd = try OwnedFD.open(path, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY | O_NONBLOCK, mode: 0o600)
+      try fd.setNonBlocking(false)
+      return fd
+    } catch { throw .file(what: "file of \(option)", path: path, error.errno) }
+  }
+
+  static func null() throws(SupervisionError) -> OwnedFD {
+    do { return try OwnedFD.open("/dev/null", O_RDWR) } catch { throw .system(error) }
+  }
+
+  private static func open(_ path: String, _ flags: CInt, what: String) throws(SupervisionError) -> OwnedFD {
+    do { return try OwnedFD.open(path, flags | O_NOCTTY) } catch {
+      if error.errno == Errno(EISDIR) { throw .wrongKind(what: what, path: path, wants: "a file") }
+      // A named pipe without a reader, a socket.
+      if error.errno == Errno(ENXIO) { throw .wrongKind(what: what, path: path, wants: "a file") }
+      throw .file(what: what, path: path, error.errno)
+    }
+  }
+
+  private static func examine(_ fd: borrowing OwnedFD) throws(SupervisionError) -> FileStatus {
+    do { return try fd.status() } catch { throw .system(error) }
+  }
+
+  private static func clearNonBlocking(_ fd: borrowing OwnedFD) throws(SupervisionError) {
+    do { try fd.setNonBlocking(false) } catch { throw .system(error) }
+  }
+}

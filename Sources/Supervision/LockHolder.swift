@@ -1,0 +1,55 @@
+import CLinux
+import Glibc
+import HostSystem
+
+/// Finds out who holds a file lock. Only asked when a lock was refused, so it may be slow.
+enum LockHolder {
+  /// `process 123 (qemu-system-x86)`, or nil when /proc does not tell us.
+  static func describe(of file: FileStatus) -> String? {
+    guard let pid = find(file) else { return nil }
+    if pid == getpid() { return "another disk of this VM" }
+    guard let bytes = try? OwnedFD.open("/proc/\(pid)/comm", O_RDONLY).readToEnd(limit: 64) else { return "process \(pid)" }
+    return "process \(pid) (\(String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self)))"
+  }
+
+  /// Open-file-description locks show no pid in /proc/locks; they do show in the fdinfo of their descriptors. The
+  /// process's own descriptor whose lock was refused shows none, so it is not mistaken for the holder.
+  private static func find(_ file: FileStatus) -> Int32? {
+    let major = (file.device >> 8) & 0xFFF
+    let minor = (file.device & 0xFF) | ((file.device >> 12) & 0xFFF00)
+    let key = " \(hex(major)):\(hex(minor)):\(file.inode) "
+    for process in entries(of: "/proc") {
+      guard let pid = Int32(process) else { continue }
+      for number in entries(of: "/proc/\(process)/fdinfo") {
+        guard let fd = try? OwnedFD.open("/proc/\(process)/fdinfo/\(number)", O_RDONLY),
+          let bytes = try? fd.readToEnd(limit: 4096)
+        else { continue }
+        for line in String(decoding: bytes, as: UTF8.self).split(separator: "\n")
+        where line.hasPrefix("lock:") && line.contains(key) {
+          return pid
+        }
+      }
+    }
+    return nil
+  }
+
+  private static func hex(_ number: UInt64) -> String {
+    let digits = String(number, radix: 16)
+    return digits.utf8.count < 2 ? "0" + digits : digits
+  }
+
+  private static func entries(of path: String) -> [String] {
+    // SAFETY: the directory stream is opened, read and closed here; `d_name` is NUL-terminated inside the entry, which
+    // lives until the next readdir.
+    guard let directory = unsafe opendir(path) else { return [] }
+    defer { unsafe closedir(directory) }
+    var names: [String] = []
+    while let entry = unsafe readdir(directory) {
+      let name = unsafe withUnsafePointer(to: &entry.pointee.d_name) { pointer in
+        unsafe pointer.withMemoryRebound(to: CChar.self, capacity: 256) { unsafe String(cString: $0) }
+      }
+      if name.utf8.first != UInt8(ascii: ".") { names.append(name) }
+    }
+    return names
+  }
+}

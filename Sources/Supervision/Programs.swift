@@ -1,0 +1,31 @@
+import CLinux
+import Glibc
+import HostSystem
+
+/// The programs of Martlet, found beside the one that is running.
+package struct Programs: ~Copyable {
+  package let directory: String
+  private let fd: OwnedFD
+
+  package init() throws(SupervisionError) {
+    let path = try attempt { () throws(SystemError) in
+      try OwnProgram.directory()
+    } or: {
+      .system($0)
+    }
+    fd = try attempt { () throws(SystemError) in
+      try OwnedFD.open(path, O_DIRECTORY | pathOnly)
+    } or: {
+      .program(name: "martlet-core", directory: path, $0.errno)
+    }
+    directory = path
+  }
+
+  /// Opened for execution by descriptor.
+  package borrowing func open(_ name: String) throws(SupervisionError) -> OwnedFD {
+    // SAFETY: the name is a NUL-terminated copy that lives for the call.
+    let result = unsafe clinux_openat(fd.rawValue, name, O_CLOEXEC | pathOnly, 0)
+    guard result >= 0 else { throw .program(name: name, directory: directory, Errno(-result)) }
+    return OwnedFD(owning: result)
+  }
+}

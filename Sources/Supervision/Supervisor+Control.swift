@@ -1,0 +1,139 @@
+import ControlProtocol
+import Glibc
+import HostSystem
+import VirtioSpec
+
+extension Supervisor {
+  private static let answerDeadline = Duration.seconds(5)
+
+  func acceptClients() {
+    guard let control else { return }
+    for client in control.accept() { try? watch(client.number, .client(client.id)) }
+  }
+
+  func handleClient(_ id: Int) {
+    guard let control else { return }
+    switch control.read(id) {
+    case .closed(let number): loop.remove(number: number)
+    case .lines(let lines): for line in lines { handleRequest(line, from: id) }
+    }
+  }
+
+  private func handleRequest(_ line: String, from client: Int) {
+    let words = line.split(separator: " ").map(String.init)
+    guard words.count == 1, let verb = ControlVerb(rawValue: words[0]) else {
+      let near = EditDistance.nearest(to: words.first ?? "", in: ControlVerb.allCases.map(\.rawValue))
+      return refuse(client, "Unknown request '\(line)'\(near.map { "; did you mean '\($0)'?" } ?? "")")
+    }
+    let message: SupervisorMessage
+    switch verb {
+    case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
+    case .info: message = .information
+    case .pause: message = .pause
+    case .resume: message = .resume
+    case .powerButton: message = .powerButton
+    case .reboot: message = .reboot
+    case .shutdown: message = .shutdown
+    }
+    guard phase == .running else {
+      if verb == .info { return reply(client, describeVM(nil)) }
+      return refuse(client, phase == .starting ? "The VM is still starting; ask again" : "The VM is ending")
+    }
+    guard let sequence = channel?.send(message) else { return refuse(client, "The core process takes no requests") }
+    pending.append(
+      PendingRequest(sequence: sequence, client: client, verb: verb, deadline: .now.advanced(by: Self.answerDeadline)))
+  }
+
+  /// The core has answered a request.
+  func answer(_ sequence: UInt32, _ message: CoreMessage) {
+    guard let index = pending.firstIndex(where: { $0.sequence == sequence }) else { return }
+    let request = pending.remove(at: index)
+    switch message {
+    case .refused(let sentence): refuse(request.client, sentence)
+    case .information(let information): reply(request.client, describeVM(information))
+    default: reply(request.client, .record(["ok": .bool(true)]))
+    }
+  }
+
+  func expireRequests(_ now: MonotonicTime) {
+    while let index = pending.firstIndex(where: { $0.deadline <= now }) {
+      let request = pending.remove(at: index)
+      refuse(request.client, "The core process did not answer '\(request.verb.rawValue)' in time")
+    }
+  }
+
+  /// Set-up is over; nothing is kept that only it needed.
+  func becameRunning() { devices.removeAll() }
+
+  private func refuse(_ client: Int, _ sentence: String) {
+    reply(client, .record(["ok": .bool(false), "error": .string(sentence)]))
+  }
+
+  private func reply(_ client: Int, _ value: JSONValue) {
+    var line: [UInt8] = []
+    value.write(to: &line)
+    line.append(10)
+    control?.write(line, to: client)
+  }
+
+  // MARK: Descriptions
+
+  private func describeVM(_ information: VMInformation?) -> JSONValue {
+    var members: [JSONValue.Member] = [
+      .init("ok", .bool(true)), .init("name", .string(configuration.name)),
+      .init("state", .string(information?.state.name ?? (phase == .starting ? "starting" : "ending"))),
+      .init("cpus", .unsigned(UInt64(configuration.cpuCount))), .init("memory", .unsigned(configuration.memorySize)),
+      .init("kernel", .string(configuration.kernel)), .init("supervisor", .unsigned(UInt64(getpid()))),
+    ]
+    if let information {
+      members.append(.init("uptime_ns", .unsigned(information.uptime)))
+      members.append(.init("resets", .unsigned(UInt64(information.resetCount))))
+      members.append(
+        .init("counters", .object(information.counters.map { .init($0.name, .unsigned($0.value)) })))
+    }
+    members.append(.init("processes", .array(processes.map { .object(describe($0)) })))
+    return .object(members)
+  }
+
+  private func describe(_ process: VMProcess) -> [JSONValue.Member] {
+    var state = "starting"
+    switch process.state {
+    case .starting: break
+    case .ready: state = "running"
+    case .ended(let end): state = end.description
+    }
+    return [
+      .init("id", .string(process.id)), .init("program", .string(process.program)),
+      .init("pid", .unsigned(UInt64(process.processID))),
+      .init("uid", .unsigned(UInt64(process.identity?.uid ?? geteuid()))), .init("process", .string(state)),
+    ]
+  }
+
+  /// Every device, in the order of its PCI slot; external back ends have no pid of ours.
+  private func describeDevices() -> [JSONValue] {
+    assignments.map { assignment in
+      var members: [JSONValue.Member] = []
+      if let process = processes.first(where: { $0.id == assignment.id }) {
+        members = describe(process)
+      } else {
+        members = [.init("id", .string(assignment.id)), .init("program", .string("external")), .init("pid", .null), .init("uid", .null)]
+      }
+      members.append(.init("type", .string(assignment.deviceType.description)))
+      members.append(.init("slot", .unsigned(UInt64(assignment.pciSlot))))
+      let report = reports[assignment.id]
+      members.append(.init("state", .string(report?.state.name ?? "waiting")))
+      if let reason = report?.reason, !reason.isEmpty { members.append(.init("reason", .string(reason))) }
+      let queues = report?.queues ?? assignment.queueSizes.map { .init(size: $0, isEnabled: false) }
+      members.append(
+        .init(
+          "queues",
+          .array(queues.map { .record(["size": .unsigned(UInt64($0.size)), "enabled": .bool($0.isEnabled)]) })))
+      let features = report?.features ?? []
+      members.append(.init("features", .array(features.names(for: assignment.deviceType).map { .string($0) })))
+      members.append(
+        .init(
+          "protocol_features", .array(ProtocolFeatureName.names(report?.protocolFeatures ?? 0).map { .string($0) })))
+      return .object(members)
+    }
+  }
+}

@@ -1,0 +1,136 @@
+import CLinux
+import ControlProtocol
+import HostSystem
+import Sandbox
+
+extension Supervisor {
+  func handle(_ token: Token) throws(SupervisionError) {
+    switch token {
+    case .signals:
+      while let number = Signals.next(from: signals) { handleSignal(number) }
+    case .core: try drainChannel()
+    case .launchReport(let index): try handleLaunchReport(index)
+    case .ready(let index): try handleReady(index)
+    case .processEnd(let index): try handleEnd(index)
+    case .controlListener: acceptClients()
+    case .client(let id): handleClient(id)
+    }
+  }
+
+  /// SIGTERM, SIGINT and SIGHUP end the VM at once and cleanly; a second one ends it the hard way.
+  private func handleSignal(_ number: CInt) {
+    if number == SIGWINCH {
+      for process in processes where process.isOnTerminal { process.signal(SIGWINCH) }
+      return
+    }
+    if phase == .starting || outcome != nil {
+      outcome = outcome ?? .signal(number)
+      phase = .ended
+      return
+    }
+    end(.signal(number), askCore: true)
+  }
+
+  private func handleLaunchReport(_ index: Int) throws(SupervisionError) {
+    let process = processes[index]
+    switch process.launchOutcome() {
+    case .pending: return
+    case .executed: break
+    case .failed(let stage, let errno):
+      throw .launch("Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)")
+    }
+    loop.remove(number: process.reportNumber)
+  }
+
+  private func handleReady(_ index: Int) throws(SupervisionError) {
+    let process = processes[index]
+    guard let number = process.readyNumber else { return }
+    let isReady = process.takeReadyWord()
+    // Ready, or closed without the word: then its end is near and will be reported by the pidfd.
+    loop.remove(number: number)
+    process.closeReadyPipe()
+    guard isReady else { return }
+    try handOver(index)
+    try sendStartIfComplete()
+  }
+
+  private func handleEnd(_ index: Int) throws(SupervisionError) {
+    let process = processes[index]
+    // What a process said last comes before its end.
+    if index == coreIndex { try drainChannel() }
+    // A word of READY may still be in the pipe of a process that ended right after it.
+    if let number = process.readyNumber {
+      loop.remove(number: number)
+      process.closeReadyPipe()
+    }
+    let wasReady = process.state == .ready
+    // A failed step between fork and exec explains the end better than its exit code.
+    if case .starting = process.state, case .failed = process.launchOutcome() { try handleLaunchReport(index) }
+    guard let end = process.collect() else { return }
+    loop.remove(number: process.endNumber)
+    loop.remove(number: process.reportNumber)
+    switch phase {
+    case .starting:
+      if index == coreIndex {
+        throw end == .exited(code: 1) ? .endedEarly(process: "core", program: process.program, end: end) : .coreLost(end)
+      }
+      throw .endedEarly(process: process.id, program: process.program, end: end)
+    case .running:
+      if index == coreIndex { throw .coreLost(end) }
+      _ = wasReady
+      say(.warning, "\(process.program) of \(process.id) (pid \(process.processID)) \(end); the VM goes on without it")
+    case .endingCore:
+      if index == coreIndex { endDevices() }
+    case .endingDevices, .ended: break
+    }
+    if case .endingDevices = phase, processes.allSatisfy({ !$0.isAlive }) { phase = .ended }
+  }
+
+  // MARK: The core's messages
+
+  func drainChannel() throws(SupervisionError) {
+    guard let channel, channel.isOpen else { return }
+    // Bounded by what the socket buffer holds: the core cannot keep us here, because other tokens come in between.
+    for _ in 0..<64 {
+      switch channel.receive() {
+      case .nothing: return
+      case .end:
+        loop.remove(number: channel.number)
+        return
+      case .broken(let error): throw .coreProtocol(error)
+      case .message(let message, let sequence): try handle(message, sequence)
+      }
+    }
+  }
+
+  private func handle(_ message: CoreMessage, _ sequence: UInt32) throws(SupervisionError) {
+    switch message {
+    case .ready:
+      coreIsReady = true
+      core?.markReady()
+      try sendStartIfComplete()
+    case .started:
+      if phase == .starting { phase = .running }
+      becameRunning()
+    case .done, .refused, .information: answer(sequence, message)
+    case .device(let report):
+      let old = reports.updateValue(report, forKey: report.id)
+      if report.state == .needsReset || report.state == .lost, old?.state != report.state, case .running = phase {
+        say(.warning, "Device \(report.id) is \(report.state.name)\(report.reason.isEmpty ? "" : ": " + report.reason)")
+      }
+    case .guest(let event): handle(event)
+    case .failed(let kind, let sentence): throw .core(kind, sentence)
+    }
+  }
+
+  private func handle(_ event: CoreMessage.GuestEvent) {
+    switch event {
+    case .reset: Log.info("The guest was reset")
+    case .panicked: say(.warning, "The guest's kernel panicked")
+    case .poweredOff, .resetEnded, .shutDown: end(.success, askCore: false)
+    case .crashed:
+      say(.error, "The guest crashed and cannot run any more; its console may say why")
+      end(.guestCrashed, askCore: false)
+    }
+  }
+}

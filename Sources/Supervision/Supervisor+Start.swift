@@ -1,0 +1,170 @@
+import CLinux
+import ControlProtocol
+import Glibc
+import HostSystem
+import Sandbox
+
+extension Supervisor {
+  /// RLIMIT_NOFILE of the core: sockets, and an eventfd pair for each queue and vector.
+  private static let coreFileLimit: UInt64 = 16384
+  /// Of a back end: up to 256 queues with kick, call and error, and its own few.
+  private static let deviceFileLimit: UInt64 = 1024
+
+  /// Opens, then starts. Nothing is started before everything that can be missing has been found.
+  func start() throws(SupervisionError) {
+    try watch(signals.rawValue, .signals)
+    let kvm = try HostFiles.kvm()
+    let kernel = FDBox(
+      try HostFiles.payload(configuration.kernel, what: "kernel", memory: configuration.memorySize))
+    var initramfs: FDBox?
+    if let path = configuration.initramfs {
+      initramfs = FDBox(try HostFiles.payload(path, what: "initramfs", memory: configuration.memorySize))
+    }
+    var planner = DevicePlanner(configuration: configuration, guardian: guardian)
+    devices = try planner.planDevices()
+    assignments = devices.map(\.assignment)
+    var serial: TerminalPlan?
+    if configuration.serial != .off, configuration.serial != .null {
+      serial = try planner.planTerminal(configuration.serial, option: "--serial")
+    }
+    if let path = configuration.control {
+      let listener = try guardian.listen(at: path, option: "--control")
+      let server = ControlServer(listener)
+      try watch(server.number, .controlListener)
+      control = server
+    }
+
+    let null = try HostFiles.null()
+    try startCore(null, kvm, kernel, initramfs)
+    for device in devices { try start(device, null) }
+    if let serial { try startSerial(serial, null) }
+    for line in planner.announcements { say(.info, line) }
+    try sendStartIfComplete()
+  }
+
+  func watch(_ number: CInt, _ token: Token) throws(SupervisionError) {
+    try attempt { () throws(SystemError) in
+      try loop.add(number: number, for: .readable, token: token)
+    } or: {
+      .system($0)
+    }
+  }
+
+  private func startCore(
+    _ null: borrowing OwnedFD, _ kvm: borrowing OwnedFD, _ kernel: FDBox, _ initramfs: FDBox?
+  ) throws(SupervisionError) {
+    let pair = try Self.pair(.sequencedPacket)
+    var launch = ChildLaunch(
+      arguments: ["martlet-core", "--fd=3", "--title=vm/\(configuration.name)/core"],
+      descriptors: [null.rawValue, null.rawValue, 2, pair.second.rawValue], identity: identities.next())
+    launch.fileLimit = Self.coreFileLimit
+    coreIndex = processes.count
+    try launchProcess("core", "martlet-core", launch, readyPipe: nil, isOnTerminal: false)
+    let channel = CoreChannel(pair.first)
+    self.channel = channel
+    try watch(channel.number, .core)
+    let message = SupervisorMessage.configure(
+      CoreConfiguration(
+        name: configuration.name, cpuCount: UInt16(configuration.cpuCount), memorySize: configuration.memorySize,
+        commandLine: configuration.commandLine, hasInitramfs: initramfs != nil, hasSerial: configuration.serial != .off,
+        restartsOnReset: configuration.restartsOnReset, replyDeadline: configuration.deadlines.reply))
+    var descriptors = [kvm.rawValue, kernel.number]
+    if let initramfs { descriptors.append(initramfs.number) }
+    try send(message, descriptors)
+  }
+
+  private func start(_ device: DevicePlan, _ null: borrowing OwnedFD) throws(SupervisionError) {
+    switch device.backEnd {
+    case .external(let socket):
+      // Connected already, so it counts as ready.
+      try send(.device(device.assignment), [socket.number])
+      socket.close()
+    case .program(let program, let arguments, let resources, let isOnTerminal):
+      let pair = try Self.pair(.stream)
+      let index = try startBackEnd(
+        device.assignment.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
+        isOnTerminal: isOnTerminal)
+      waitingSockets[index] = (device.assignment, FDBox(pair.first))
+    }
+  }
+
+  private func startSerial(_ plan: TerminalPlan, _ null: borrowing OwnedFD) throws(SupervisionError) {
+    let pair = try Self.pair(.stream)
+    _ = try startBackEnd(
+      VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments,
+      socket: pair.second.rawValue, plan.resources, null, isOnTerminal: plan.isOnTerminal)
+    try send(.stream(.serial), [pair.first.rawValue])
+  }
+
+  /// Starts a device program; our copies of its descriptors are closed at once.
+  private func startBackEnd(
+    _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
+    _ null: borrowing OwnedFD, isOnTerminal: Bool
+  ) throws(SupervisionError) -> Int {
+    var ends: [CInt] = [-1, -1]
+    // SAFETY: room for the two numbers that the call stores.
+    let result = unsafe clinux_pipe(&ends, O_CLOEXEC | O_NONBLOCK)
+    if result < 0 { throw .system(SystemError("make a pipe", Errno(-result))) }
+    let reading = OwnedFD(owning: ends[0])
+    let writing = OwnedFD(owning: ends[1])
+    let launch = ChildLaunch(
+      arguments: [program] + arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
+      descriptors: [null.rawValue, null.rawValue, 2, socket, writing.rawValue] + resources.map(\.number),
+      identity: identities.next(), fileLimit: Self.deviceFileLimit,
+      parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL)
+    let index = processes.count
+    try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal)
+    for resource in resources { resource.close() }
+    return index
+  }
+
+  private func launchProcess(
+    _ id: String, _ program: String, _ launch: ChildLaunch, readyPipe: consuming OwnedFD?, isOnTerminal: Bool
+  ) throws(SupervisionError) {
+    let executable = try programs.open(program)
+    let child: StartedChild
+    do { child = try launch.start(executable) } catch { throw .launch(error.message) }
+    let process = VMProcess(
+      id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
+      readyPipe: readyPipe, startTime: .now)
+    let index = processes.count
+    processes.append(process)
+    try watch(process.reportNumber, .launchReport(index))
+    try watch(process.endNumber, .processEnd(index))
+    if let number = process.readyNumber { try watch(number, .ready(index)) }
+  }
+
+  private static func pair(_ kind: UnixSocket.Kind) throws(SupervisionError) -> SocketPair {
+    try attempt { () throws(SystemError) in
+      try UnixSocket.pair(kind)
+    } or: {
+      .system($0)
+    }
+  }
+
+  @discardableResult
+  func send(_ message: SupervisorMessage, _ descriptors: [CInt] = []) throws(SupervisionError) -> UInt32 {
+    guard let sequence = channel?.send(message, descriptors: descriptors) else {
+      // Its end will be reported by its pidfd with the reason; a core that lives but takes nothing is stuck.
+      if let end = core?.collect() { throw .coreLost(end) }
+      throw .core(.defect, "The core process takes no messages")
+    }
+    return sequence
+  }
+
+  /// A back end said READY: its socket goes to the core, and our copy is closed.
+  func handOver(_ index: Int) throws(SupervisionError) {
+    guard let waiting = waitingSockets.removeValue(forKey: index) else { return }
+    try send(.device(waiting.assignment), [waiting.socket.number])
+    waiting.socket.close()
+  }
+
+  /// Once everybody is ready.
+  func sendStartIfComplete() throws(SupervisionError) {
+    guard phase == .starting, coreIsReady, !startIsSent, waitingSockets.isEmpty,
+      processes.allSatisfy({ $0.state == .ready })
+    else { return }
+    startIsSent = true
+    startSequence = try send(.start)
+  }
+}

@@ -1,0 +1,130 @@
+import CLinux
+import ControlProtocol
+import Glibc
+import HostSystem
+import Sandbox
+
+/// Runs one VM. Single-threaded: one event loop, no waiting anywhere else once the VM runs.
+///
+/// 1. `start`: open everything, start the core, configure it, start the devices beside it.
+/// 2. As each back end says READY its socket goes to the core; when all have and the core is ready: start.
+/// 3. Watch: processes, the core's reports, signals, `martlet ctl`.
+/// 4. `end`: the core first (it takes the rings back), then the devices (the end of their sockets), then what we made.
+package final class Supervisor {
+  enum Token: Sendable {
+    case signals, core, controlListener
+    case client(Int)
+    case launchReport(Int)
+    case ready(Int)
+    case processEnd(Int)
+  }
+
+  enum Phase: Equatable {
+    case starting
+    case running
+    /// The VM is over or ordered to be; the core should exit until the time given.
+    case endingCore(MonotonicTime)
+    /// The core is gone; devices should exit by themselves until the time given, then after SIGTERM, then by SIGKILL.
+    case endingDevices(MonotonicTime, signalled: Bool)
+    case ended
+  }
+
+  /// A request of a control client that the core has still to answer.
+  struct PendingRequest {
+    let sequence: UInt32
+    let client: Int
+    let verb: ControlVerb
+    let deadline: MonotonicTime
+  }
+
+  let configuration: VMConfiguration
+  let programs: Programs
+  var identities: Identities
+  var loop: EventLoop<Token>
+  let signals: OwnedFD
+  let guardian: TerminalGuard
+
+  var processes: [VMProcess] = []
+  /// Until the VM runs.
+  var devices: [DevicePlan] = []
+  /// All devices, in the order of their slots.
+  var assignments: [DeviceAssignment] = []
+  /// The core's ends of device sockets that wait for READY, by process index.
+  var waitingSockets: [Int: (assignment: DeviceAssignment, socket: FDBox)] = [:]
+  var reports: [String: DeviceReport] = [:]
+  var channel: CoreChannel?
+  var coreIndex = 0
+  var coreIsReady = false
+  var startIsSent = false
+  var startSequence: UInt32 = 0
+
+  var phase = Phase.starting
+  /// What the VM's end was, first cause wins.
+  var outcome: ExitCode?
+  var failure: SupervisionError?
+
+  var control: ControlServer?
+  var pending: [PendingRequest] = []
+
+  /// Prepares to run; opens nothing of the guest's yet. Signals are blocked from here on.
+  package init(_ configuration: VMConfiguration) throws(SupervisionError) {
+    self.configuration = configuration
+    programs = try Programs()
+    identities = try Identities(requested: configuration.uidBase)
+    loop = try attempt { () throws(SystemError) in
+      try EventLoop<Token>()
+    } or: {
+      .system($0)
+    }
+    signals = try attempt { () throws(SystemError) in
+      try Signals.descriptor(for: [SIGTERM, SIGINT, SIGHUP, SIGWINCH])
+    } or: {
+      .system($0)
+    }
+    Signals.ignoreBrokenPipes()
+    guardian = TerminalGuard(
+      title: "vm/\(configuration.name)",
+      usesTerminal: configuration.console == .tty || configuration.serial == .tty)
+  }
+
+  /// Runs the VM to its end, cleans up, and gives the exit code.
+  package func run() -> ExitCode {
+    do throws(SupervisionError) {
+      try start()
+      while phase != .ended {
+        let events = try attempt { () throws(SystemError) in
+          try loop.wait(timeout: nextDeadline().map { $0.since(.now) })
+        } or: {
+          .system($0)
+        }
+        for event in events { try handle(event.token) }
+        try checkDeadlines(.now)
+      }
+    } catch { fail(error) }
+    for process in processes { process.kill() }
+    control = nil
+    guardian.restore()
+    if let failure {
+      if let message = failure.message { say(.error, message) }
+      return failure.exitCode
+    }
+    return outcome ?? .defect
+  }
+
+  /// The first failure is the one that is told.
+  func fail(_ error: SupervisionError) {
+    if failure == nil, outcome == nil { failure = error }
+    phase = .ended
+  }
+
+  /// A line for the person at the terminal, which may be in raw mode.
+  func say(_ level: Log.Level, _ message: String) {
+    switch level {
+    case .error: Log.error(message)
+    case .warning: Log.warning(message)
+    default: Log.write("martlet: \(message)", to: 2)
+    }
+  }
+
+  var core: VMProcess? { processes.indices.contains(coreIndex) ? processes[coreIndex] : nil }
+}

@@ -1,0 +1,21 @@
+import ControlProtocol
+import HostSystem
+import Sandbox
+
+extension Supervisor {
+  /// The whole program: the arguments of `martlet run` in, the exit code out.
+  package static func main(_ arguments: [String]) -> ExitCode {
+    Log.setSpeaker("martlet")
+    let configuration: VMConfiguration
+    do throws(ConfigurationError) { configuration = try VMConfiguration(arguments: arguments) } catch {
+      Log.error(error.message)
+      return .usage
+    }
+    ProcessWalls.setTitle("vm/\(configuration.name)/supervisor")
+    Log.setSpeaker("martlet")
+    do throws(SupervisionError) { return try Supervisor(configuration).run() } catch {
+      if let message = error.message { Log.error(message) }
+      return error.exitCode
+    }
+  }
+}

@@ -1,0 +1,89 @@
+import CLinux
+import ControlProtocol
+import HostSystem
+import Sandbox
+
+/// One process of the VM: what it is, how far it has come, how it ended.
+final class VMProcess {
+  enum State: Equatable {
+    case starting, ready
+    case ended(ProcessEnd)
+  }
+
+  /// The device's id, or `core`, or `serial`.
+  let id: String
+  let program: String
+  let identity: ChildIdentity?
+  let processID: Int32
+  /// Whether it is told of changes of the terminal's size.
+  let isOnTerminal: Bool
+  private(set) var state = State.starting
+  let startTime: MonotonicTime
+
+  private let child: StartedChild
+  /// Reading end of the ready pipe; nil for the core, which says it on its channel.
+  private var readyPipe: OwnedFD?
+  private var readyText: [UInt8] = []
+
+  init(
+    id: String, program: String, identity: ChildIdentity?, isOnTerminal: Bool, child: consuming StartedChild,
+    readyPipe: consuming OwnedFD?, startTime: MonotonicTime
+  ) {
+    self.id = id
+    self.program = program
+    self.identity = identity
+    self.isOnTerminal = isOnTerminal
+    processID = child.process.processID
+    self.child = child
+    self.readyPipe = readyPipe
+    self.startTime = startTime
+  }
+
+  var isAlive: Bool { if case .ended = state { false } else { true } }
+
+  var endNumber: CInt { child.process.fd.rawValue }
+  var reportNumber: CInt { child.report.rawValue }
+  var readyNumber: CInt? {
+    switch readyPipe {
+    case .some(let pipe): pipe.rawValue
+    case .none: nil
+    }
+  }
+
+  func launchOutcome() -> StartedChild.Outcome { child.poll() }
+
+  /// Reads the ready pipe. True once the whole word has come.
+  func takeReadyWord() -> Bool {
+    var buffer = [UInt8](repeating: 0, count: 16)
+    // SAFETY: the buffer is lent for the call.
+    let transfer =
+      switch readyPipe {
+      case .some(let pipe): unsafe buffer.withUnsafeMutableBytes { bytes in unsafe pipe.read(into: bytes) }
+      case .none: Transfer.end
+      }
+    if case .bytes(let count) = transfer { readyText += buffer[..<count] }
+    guard readyText == Array("READY\n".utf8) else { return false }
+    state = .ready
+    return true
+  }
+
+  func closeReadyPipe() { _ = readyPipe.take() }
+
+  func markReady() { state = .ready }
+
+  /// Collects it if it has ended.
+  func collect() -> ProcessEnd? {
+    guard isAlive, let end = child.process.collect() else { return nil }
+    state = .ended(end)
+    return end
+  }
+
+  func signal(_ number: CInt) { if isAlive { child.process.signal(number) } }
+
+  /// Kills and collects it.
+  func kill() {
+    guard isAlive else { return }
+    child.process.signal(SIGKILL)
+    if let end = child.process.waitForEnd() { state = .ended(end) }
+  }
+}

@@ -1,0 +1,67 @@
+import ControlProtocol
+
+/// The answers of a VM as people read them.
+enum ControlText {
+  static func describe(_ verb: ControlVerb, _ answer: JSONValue) -> String {
+    switch verb {
+    case .info: info(answer)
+    case .devices: devices(answer)
+    case .pause: "paused\n"
+    case .resume: "running\n"
+    case .powerButton: "power button pressed\n"
+    case .reboot: "reset\n"
+    case .shutdown: "shut down\n"
+    }
+  }
+
+  private static func info(_ answer: JSONValue) -> String {
+    var rows = [
+      ["name", answer["name"]?.string ?? ""], ["state", answer["state"]?.string ?? ""],
+      ["processors", number(answer["cpus"])],
+      ["memory", answer["memory"]?.unsigned.map(Quantity.describe(byteCount:)) ?? ""],
+      ["kernel", answer["kernel"]?.string ?? ""],
+    ]
+    if let time = answer["uptime_ns"]?.unsigned { rows.append(["running for", duration(time)]) }
+    if let resets = answer["resets"]?.unsigned { rows.append(["resets", "\(resets)"]) }
+    var text = Output.table(rows)
+    let processes = answer["processes"]?.array ?? []
+    text += "\n" + Output.table([["PROCESS", "PROGRAM", "PID", "UID", "STATE"]] + processes.map(process))
+    return text
+  }
+
+  private static func process(_ value: JSONValue) -> [String] {
+    [
+      value["id"]?.string ?? "", value["program"]?.string ?? "", number(value["pid"]), number(value["uid"]),
+      value["process"]?.string ?? "",
+    ]
+  }
+
+  private static func devices(_ answer: JSONValue) -> String {
+    var rows = [["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "STATE", "QUEUES", "FEATURES"]]
+    for device in answer["devices"]?.array ?? [] {
+      let queues = (device["queues"]?.array ?? []).map { queue in
+        number(queue["size"]) + (queue["enabled"]?.bool == true ? "" : "-")
+      }
+      let features = (device["features"]?.array ?? []).compactMap(\.string)
+      rows.append([
+        device["id"]?.string ?? "", device["type"]?.string ?? "", number(device["slot"]),
+        device["program"]?.string ?? "", number(device["pid"]), number(device["uid"]), device["state"]?.string ?? "",
+        queues.joined(separator: ","), features.joined(separator: " "),
+      ])
+    }
+    return Output.table(rows)
+  }
+
+  private static func number(_ value: JSONValue?) -> String { value?.unsigned.map { "\($0)" } ?? "-" }
+
+  /// `1 h 2 min 3 s`, or `0.250 s`.
+  static func duration(_ nanoseconds: UInt64) -> String {
+    let seconds = nanoseconds / 1_000_000_000
+    if seconds < 60 {
+      let fraction = String(1000 + nanoseconds / 1_000_000 % 1000).dropFirst()
+      return "\(seconds).\(fraction) s"
+    }
+    let parts = [(seconds / 3600, "h"), (seconds / 60 % 60, "min"), (seconds % 60, "s")]
+    return parts.filter { $0.0 > 0 }.map { "\($0.0) \($0.1)" }.joined(separator: " ")
+  }
+}

@@ -1,0 +1,109 @@
+import ControlProtocol
+import HostSystem
+
+let controlVerb = Verb(
+  name: "ctl", usage: "martlet ctl --control PATH REQUEST [--json]", summary: "ask or order a running virtual machine",
+  help: {
+    var text = "usage: martlet ctl --control PATH REQUEST [--json]\n\nPATH is that of martlet run --control.\n\nRequests:\n"
+    for verb in ControlVerb.allCases { text += HelpText.line("  \(verb.rawValue)", verb.summary) }
+    text += "\nOptions:\n" + HelpText.line("  --json", "print the answer as one JSON object")
+    return text + "\nExit codes: 0 done, 1 refused, 2 wrong command line, 3 no answer on the socket.\n"
+  },
+  run: { arguments in
+    do throws(ConfigurationError) {
+      let request = try ControlRequest(arguments)
+      return request.perform()
+    } catch {
+      Log.error(error.message.replacing("martlet run", with: "martlet ctl"))
+      return .usage
+    }
+  })
+
+/// The command line of `martlet ctl`.
+struct ControlRequest {
+  private let path: String
+  private let verb: ControlVerb
+  private let isJSON: Bool
+
+  init(_ arguments: [String]) throws(ConfigurationError) {
+    var path: String?
+    var verb: ControlVerb?
+    var isJSON = false
+    var rest = arguments[...]
+    let example = "--control web1.ctl"
+    while let word = rest.popFirst() {
+      if word == "--json" {
+        isJSON = true
+      } else if word == "--control" {
+        guard let value = rest.popFirst(), !value.hasPrefix("--") else {
+          throw .missingValue(option: "control", example: example)
+        }
+        path = value
+      } else if word.hasPrefix("--control=") {
+        path = String(word.dropFirst("--control=".count))
+      } else if word.hasPrefix("--") {
+        let name = String(word.dropFirst(2))
+        throw .unknownOption(name, nearest: EditDistance.nearest(to: name, in: ["control", "json"]))
+      } else if let known = ControlVerb(rawValue: word), verb == nil {
+        verb = known
+      } else {
+        let names = ControlVerb.allCases.map(\.rawValue)
+        throw .unknownWord(
+          option: "control PATH", word: word, nearest: EditDistance.nearest(to: word, in: names),
+          example: "martlet ctl --control web1.ctl info")
+      }
+    }
+    guard let path else { throw .missingOption("control", example: example) }
+    guard VMConfiguration.isSocketPath(path) else {
+      throw .badValue(place: "--control", value: path, expected: "a socket path of 1 to 107 bytes")
+    }
+    guard let verb else { throw .missingOption("REQUEST", example: "martlet ctl --control \(path) info") }
+    self.path = path
+    self.verb = verb
+    self.isJSON = isJSON
+  }
+
+  func perform() -> ExitCode {
+    let answer: JSONValue
+    do throws(SystemError) { answer = try ask() } catch {
+      switch error.errno {
+      case .noEntry: Log.error("No VM has the control socket '\(path)'; it is made by martlet run --control")
+      case .connectionRefused: Log.error("Nobody listens at '\(path)'; the VM has ended")
+      default: Log.error(error.description)
+      }
+      return .resource
+    }
+    let isDone = answer["ok"]?.bool == true
+    if isJSON {
+      Output.standard.write(answer.text + "\n")
+    } else if isDone {
+      Output.standard.write(ControlText.describe(verb, answer))
+    } else {
+      Log.error(answer["error"]?.string ?? "The VM gave no answer that can be read")
+    }
+    return isDone ? .success : ExitCode(rawValue: 1)
+  }
+
+  private func ask() throws(SystemError) -> JSONValue {
+    let socket = try UnixSocket.connect(to: path, timeout: .seconds(5))
+    try socket.writeAll(Array((verb.rawValue + "\n").utf8))
+    var line: [UInt8] = []
+    var buffer = [UInt8](repeating: 0, count: 65536)
+    let end = MonotonicTime.now.advanced(by: .seconds(10))
+    while !line.contains(10) {
+      let left = end.since(.now)
+      guard left > .zero, line.count < JSONValue.lengthLimit else { throw SystemError("read an answer from '\(path)'", .timedOut) }
+      guard try socket.waitUntil(.readable, timeout: left) else { continue }
+      // SAFETY: the buffer is lent for the call.
+      switch unsafe buffer.withUnsafeMutableBytes({ bytes in unsafe socket.read(into: bytes) }) {
+      case .bytes(let count): line += buffer[..<count]
+      case .wouldBlock: continue
+      case .end: throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
+      case .failed(let error): throw SystemError("read an answer from '\(path)'", error)
+      }
+    }
+    do throws(JSONError) { return try JSONValue(parsing: Array(line.prefix { $0 != 10 })) } catch {
+      throw SystemError("understand the answer from '\(path)'", .invalid)
+    }
+  }
+}

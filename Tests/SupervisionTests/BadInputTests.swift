@@ -1,0 +1,256 @@
+import Foundation
+import Glibc
+import TestSupport
+import Testing
+
+/// Whatever is wrong with the input: one line that names it, the documented code, nothing left.
+@Suite(.enabled(if: Installation.canRun, "These tests open /dev/kvm and need the built programs."))
+struct BadInputTests {
+  private func expect(
+    _ installation: Installation, _ result: ProgramResult, _ code: Int32, _ line: String,
+    _ location: SourceLocation = #_sourceLocation
+  ) {
+    #expect(result.errorLines == ["martlet: error: " + line], sourceLocation: location)
+    #expect(result.code == code, sourceLocation: location)
+    #expect(result.output == "", sourceLocation: location)
+    installation.expectNothingLeft(location)
+  }
+
+  @Test func missingKernel() throws {
+    let home = try Installation()
+    expect(home, try home.run("--kernel", "none"), 3, "Cannot open kernel 'none': it does not exist; check the path")
+  }
+
+  @Test func emptyKernelAndDirectoryAndPipe() throws {
+    let home = try Installation()
+    _ = try home.shell(": > empty; mkdir dir; mkfifo pipe")
+    expect(home, try home.run("--kernel", "empty"), 3, "Cannot use kernel 'empty': it is empty; name a complete file")
+    expect(home, try home.run("--kernel", "dir"), 3, "Cannot use kernel 'dir': it is not a regular file; name one")
+    expect(home, try home.run("--kernel", "pipe"), 3, "Cannot use kernel 'pipe': it is not a regular file; name one")
+  }
+
+  @Test func initramfsLargerThanMemory() throws {
+    let home = try Installation()
+    _ = try home.shell("truncate -s 64M initrd")
+    expect(
+      home, try home.run("--memory", "size=32M", "--initramfs", "initrd"), 3,
+      "The initramfs 'initrd' has 67108864 bytes and does not fit into the guest's memory of 32M; raise --memory size=")
+  }
+
+  @Test(arguments: [
+    (["--memory", "size=64T"], "Value '64T' does not fit --memory size; it wants a multiple of 4K from 1M to 32T"),
+    (["--cpus", "boot=100000"], "Value '100000' does not fit --cpus boot; it wants a number from 1 to 254"),
+    (["--dsik", "path=a"], "Unknown option --dsik; did you mean --disk?"),
+    (["--cpus", "bot=2"], "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot"),
+    (
+      ["--disk", "path=a,id=x", "path=b,id=x"],
+      "Two devices have the id 'x' (--disk number 1 and --disk number 2); give one of them another id="
+    ),
+  ])
+  func wrongCommandLine(_ arguments: [String], _ line: String) throws {
+    let home = try Installation(programs: [])
+    expect(home, try home.start(arguments).wait(), 2, line)
+  }
+
+  @Test func missingImage() throws {
+    let home = try Installation()
+    expect(
+      home, try home.run("--disk", "path=none.img"), 3,
+      "Cannot open image of disk blk0 'none.img': it does not exist; check the path")
+  }
+
+  @Test func imageThatIsNoFile() throws {
+    let home = try Installation()
+    expect(
+      home, try home.run("--disk", "path=/dev/zero"), 3,
+      "Cannot use image of disk blk0 '/dev/zero': it is not a regular file or block device; name one")
+  }
+
+  @Test func imageInUseNamesTheHolder() throws {
+    let home = try Installation()
+    let first = try home.start(["--disk", "path=disk.img", "--control", "ctl"])
+    try home.waitUntilRunning()
+    // The block process holds the lock: it shares the open file description. The first VM goes on.
+    let block = home.processes.first { $0.title == "vm/vm/blk0" }?.pid ?? 0
+    let second = try home.run("--disk", "path=./disk.img,id=root", "--name", "second")
+    #expect(
+      second.errorLines == [
+        "martlet: error: Image './disk.img' of disk root is in use by process \(block) (blk0); end that use or name another image"
+      ])
+    #expect(second.code == 3)
+    let reader = try home.run("--disk", "path=disk.img,readonly=on", "--name", "third")
+    #expect(reader.code == 3)
+    #expect(first.isRunning)
+    first.signal(SIGTERM)
+    #expect(first.wait().code == 143)
+    home.expectNothingLeft()
+    // Free again.
+    #expect(try home.run("--disk", "path=disk.img", "--name", "guest-off").code == 0)
+  }
+
+  @Test func oneImageByTwoNamesIsNoticed() throws {
+    let home = try Installation()
+    _ = try home.shell("ln disk.img same.img")
+    expect(
+      home, try home.run("--disk", "path=disk.img", "path=same.img"), 3,
+      "Image 'same.img' of disk blk1 is in use by another disk of this VM; end that use or name another image")
+  }
+
+  @Test func readersShareAnImage() throws {
+    let home = try Installation()
+    let result = try home.run(
+      "--disk", "path=disk.img,readonly=on", "path=./disk.img,readonly=on", "--name", "guest-off")
+    #expect(result.code == 0)
+  }
+
+  @Test func tapMissing() throws {
+    let home = try Installation()
+    expect(
+      home, try home.run("--net", "tap=notap0"), 3,
+      "There is no interface 'notap0' for net0; make it: ip tuntap add dev notap0 mode tap, ip link set notap0 up")
+  }
+
+  @Test(.enabled(if: geteuid() == 0 && access("/dev/net/tun", R_OK | W_OK) == 0, "Making a tap needs root and /dev/net/tun."))
+  func tapThatIsNoneAndTapBusy() throws {
+    let home = try Installation()
+    let prefix = "./martlet run --kernel kernel --console null"
+    let result = try home.shell("unshare -n sh -c 'exec \(prefix) --net tap=lo'")
+    expect(home, result, 3, "Interface 'lo' of net0 is not a tap; name a tap (ip tuntap show lists them)")
+    let busy = try home.shell(
+      """
+      unshare -n sh -c 'ip tuntap add dev t0 mode tap
+      \(prefix) --net tap=t0 --control ctl --name first & first=$!
+      until ./martlet ctl --control ctl info --json 2>/dev/null | grep -q running; do sleep 0.02; done
+      \(prefix) --net tap=t0 --name second; code=$?
+      kill $first; wait $first
+      ip -o link show t0 >/dev/null || echo the tap is gone >&2
+      exit $code'
+      """)
+    expect(
+      home, busy, 3,
+      "Tap 't0' of net0 is busy: another process is attached to it; end that process or name another tap")
+  }
+
+  @Test(.enabled(if: geteuid() == 0, "Hiding /dev/kvm needs root."))
+  func noKVM() throws {
+    let home = try Installation()
+    let script = """
+      unshare -m sh -c 'mount -t tmpfs none /mnt && mknod -m 666 /mnt/null c 1 3 && mount --move /mnt /dev 2>/dev/null \
+      || mount --bind /mnt /dev; exec ./martlet run --kernel kernel --console null'
+      """
+    expect(
+      home, try home.shell(script), 4,
+      "There is no /dev/kvm; load the module (modprobe kvm_intel or kvm_amd) or see martlet doctor")
+  }
+
+  @Test(.enabled(if: geteuid() == 0, "Becoming an ordinary user needs root."))
+  func noPermissionForKVM() throws {
+    let home = try Installation()
+    // In a mount namespace of its own, so that the host's device keeps its mode.
+    let script = """
+      unshare -m sh -c 'cp -a /dev/kvm kvm && chmod 600 kvm && mount --bind kvm /dev/kvm && rm -f kvm2 && \
+      exec setpriv --reuid 65534 --regid 65534 --clear-groups ./martlet run --kernel kernel --console null'; code=$?; rm -f kvm; exit $code
+      """
+    expect(
+      home, try home.shell(script), 4,
+      "No permission to open /dev/kvm; join the group that owns it (usually: usermod -aG kvm USER, then log in again)")
+  }
+
+  @Test func backEndSocketThatIsMissingOrRefuses() throws {
+    let home = try Installation()
+    expect(
+      home, try home.run("--disk", "vhost_user=on,socket=none.sock"), 3,
+      "Cannot connect to the back end of blk0 at 'none.sock': it does not exist; check the path")
+    let path = home.directory + "/dead.sock"
+    let made = try home.shell("python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"dead.sock\")'")
+    try #require(made.code == 0)
+    let result = try home.run("--net", "vhost_user=on,socket=dead.sock")
+    unlink(path)
+    expect(
+      home, result, 3, "Back end of net0 refuses at 'dead.sock': nobody listens there; start the back end first")
+  }
+
+  @Test func backEndSocketThatNeverAccepts() throws {
+    let home = try Installation()
+    let listener = try RunningProgram(
+      "/usr/bin/env",
+      [
+        "python3", "-c",
+        """
+        import socket, time
+        s = socket.socket(socket.AF_UNIX); s.bind("full.sock"); s.listen(0)
+        c = [socket.socket(socket.AF_UNIX) for _ in range(4)]
+        for x in c: x.setblocking(False)
+        for x in c: x.connect_ex("full.sock")
+        print("full", flush=True)
+        time.sleep(30)
+        """,
+      ], directory: home.directory)
+    home.waitUntil("a full backlog") { listener.outputText.contains("full") }
+    let result = try home.run("--disk", "vhost_user=on,socket=full.sock", "--deadline", "connect=200")
+    listener.signal(SIGKILL)
+    _ = listener.wait()
+    unlink(home.directory + "/full.sock")
+    expect(
+      home, result, 3, "Back end of blk0 does not accept at 'full.sock' in time; is it serving another VM?")
+  }
+
+  @Test func missingProgram() throws {
+    let home = try Installation(programs: ["martlet-core", "martlet-console"])
+    expect(
+      home, try home.run("--disk", "path=disk.img"), 4,
+      "Program martlet-block cannot be opened in \(home.directory): no such file or directory (ENOENT); "
+        + "install all of Martlet's programs together")
+  }
+
+  @Test func controlSocketInUse() throws {
+    let home = try Installation()
+    let first = try home.start(["--control", "ctl"])
+    try home.waitUntilRunning()
+    let second = try home.run("--control", "ctl", "--name", "second")
+    #expect(
+      second.errorLines == ["martlet: error: Socket 'ctl' of --control is in use by another process; name another path"])
+    #expect(second.code == 3)
+    #expect(try home.ctl("info").code == 0)
+    first.signal(SIGINT)
+    #expect(first.wait().code == 130)
+    home.expectNothingLeft()
+  }
+
+  // MARK: What the core and the devices report
+
+  @Test(arguments: [
+    ("core-input", 3, "Kernel 'x' is truncated: it ends before its own size says"),
+    ("core-host", 4, "KVM lacks KVM_CAP_IRQFD"),
+    ("core-device", 5, "Back end of blk0 did not answer GET_FEATURES in 5000 ms"),
+    ("core-early", 6, "The core process exited with code 3; the VM has ended"),
+    ("core-die", 6, "The core process was killed by signal 11; the VM has ended"),
+    ("core-garbage", 1, "A control message ends in the middle of a field; are all programs of one version?"),
+    ("dev-crash", 5, "martlet-block of blk0 exited with code 3 before it was ready"),
+    ("guest-crash", 7, "The guest crashed and cannot run any more; its console may say why"),
+  ])
+  func failuresAreToldInOneLine(_ name: String, _ code: Int32, _ line: String) throws {
+    let home = try Installation()
+    expect(home, try home.run("--disk", "path=disk.img", "--control", "ctl", "--name", name), code, line)
+  }
+
+  @Test func deviceThatCannotStartSpeaksForItself() throws {
+    let home = try Installation()
+    let result = try home.run("--disk", "path=disk.img", "--name", "dev-refuse")
+    #expect(result.errorLines == ["vm/dev-refuse/blk0: error: Cannot serve"])
+    #expect(result.code == 5)
+    home.expectNothingLeft()
+  }
+
+  @Test(arguments: [
+    ("dev-never", "martlet-block of blk0"), ("dev-early-eof", "martlet-block of blk0"), ("core-hang", "martlet-core of core"),
+  ])
+  func silenceEndsAtTheDeadline(_ name: String, _ who: String) throws {
+    let home = try Installation()
+    let start = Date()
+    expect(
+      home, try home.run("--disk", "path=disk.img", "--name", name, "--deadline", "ready=300"), 5,
+      "\(who) was not ready within 300 ms; look at its messages or raise --deadline ready=")
+    #expect(Date().timeIntervalSince(start) < 3)
+  }
+}
