@@ -12,16 +12,23 @@ final class CoreChannel {
 
   var number: CInt { socket.rawValue }
 
-  /// Sends a message and returns its sequence; nil when the core does not take it: it is dead, or so far behind that its
-  /// socket is full.
-  func send(_ message: SupervisorMessage, descriptors: [CInt] = []) -> UInt32? {
+  enum Sending {
+    case sent(sequence: UInt32)
+    /// The core is gone; its pidfd and its last message tell why.
+    case gone
+    /// It lives and does not read: its socket is full.
+    case full
+  }
+
+  func send(_ message: SupervisorMessage, descriptors: [CInt] = []) -> Sending {
     precondition(descriptors.count == message.descriptorCount, "A message is sent with the descriptors it asks for.")
     sequence &+= 1
     let packet = message.encode(sequence: sequence)
-    guard case .bytes(let count) = UnixSocket.send(socket, packet, descriptors: descriptors, waiting: false),
-      count == packet.count
-    else { return nil }
-    return sequence
+    switch UnixSocket.send(socket, packet, descriptors: descriptors, waiting: false) {
+    case .bytes(let count) where count == packet.count: return .sent(sequence: sequence)
+    case .bytes, .wouldBlock: return .full
+    case .end, .failed: return .gone
+    }
   }
 
   enum Incoming {
@@ -34,6 +41,15 @@ final class CoreChannel {
   }
 
   func receive() -> Incoming {
+    // A core that exits with messages unread resets the connection, which is reported once before what it said last.
+    let first = receiveOnce()
+    guard case .end = first else { return first }
+    let second = receiveOnce()
+    if case .end = second { isOpen = false }
+    return second
+  }
+
+  private func receiveOnce() -> Incoming {
     // The core sends no descriptors; any that came are closed with the reception.
     // SAFETY: the buffer is lent for the call.
     let (transfer, truncated, descriptors) = unsafe buffer.withUnsafeMutableBytes { bytes in
@@ -42,9 +58,7 @@ final class CoreChannel {
     }
     switch transfer {
     case .wouldBlock: return .nothing
-    case .end, .failed:
-      isOpen = false
-      return .end
+    case .end, .failed: return .end
     case .bytes(let count):
       guard !truncated else { return .broken(.tooLong(byteCount: count)) }
       do throws(MessageError) {

@@ -39,7 +39,7 @@ extension Supervisor {
       if verb == .info { return reply(client, describeVM(nil)) }
       return refuse(client, phase == .starting ? "The VM is still starting; ask again" : "The VM is ending")
     }
-    guard let sequence = channel?.send(message) else { return refuse(client, "The core process takes no requests") }
+    guard case .sent(let sequence) = channel?.send(message) else { return refuse(client, "The core process takes no requests") }
     pending.append(
       PendingRequest(sequence: sequence, client: client, verb: verb, deadline: .now.advanced(by: Self.answerDeadline)))
   }

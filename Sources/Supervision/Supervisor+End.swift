@@ -18,7 +18,9 @@ extension Supervisor {
     case .endingCore, .endingDevices, .ended: return
     }
     phase = .endingCore(.now.advanced(by: Self.coreGrace))
-    if askCore, channel?.send(.shutdown) == nil { core?.signal(SIGKILL) }
+    if askCore {
+      if case .sent = channel?.send(.shutdown) {} else { core?.signal(SIGKILL) }
+    }
     if core?.isAlive != true { endDevices() }
   }
 

@@ -144,12 +144,12 @@ extension Supervisor {
 
   @discardableResult
   func send(_ message: SupervisorMessage, _ descriptors: [CInt] = []) throws(SupervisionError) -> UInt32 {
-    guard let sequence = channel?.send(message, descriptors: descriptors) else {
-      // Its end will be reported by its pidfd with the reason; a core that lives but takes nothing is stuck.
-      if let end = core?.collect() { throw .coreLost(end) }
-      throw .core(.defect, "The core process takes no messages")
+    switch channel?.send(message, descriptors: descriptors) {
+    case .sent(let sequence): return sequence
+    // Its last message and its pidfd are about to tell why.
+    case .gone, nil: return 0
+    case .full: throw .core(.defect, "The core process takes no messages")
     }
-    return sequence
   }
 
   /// A back end said READY: its socket goes to the core, and our copy is closed.

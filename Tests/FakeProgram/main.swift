@@ -105,6 +105,10 @@ final class FakeCore {
       case "core-early": exit(3)
       case "core-input": fail(.input, "Kernel 'x' is truncated: it ends before its own size says")
       case "core-host": fail(.host, "KVM lacks KVM_CAP_IRQFD")
+      case "core-late":
+        // By now device messages are waiting, which we never read.
+        usleep(200_000)
+        fail(.input, "Kernel 'x' has no PVH entry")
       case "core-garbage":
         _ = UnixSocket.send(socket, [1, 2, 3])
         while true { sleep(60) }

@@ -221,6 +221,7 @@ struct BadInputTests {
 
   @Test(arguments: [
     ("core-input", 3, "Kernel 'x' is truncated: it ends before its own size says"),
+    ("core-late", 3, "Kernel 'x' has no PVH entry"),
     ("core-host", 4, "KVM lacks KVM_CAP_IRQFD"),
     ("core-device", 5, "Back end of blk0 did not answer GET_FEATURES in 5000 ms"),
     ("core-early", 6, "The core process exited with code 3; the VM has ended"),
