@@ -66,6 +66,39 @@ public final class GuestMemory: @unchecked Sendable {
     return nil
   }
 
+  /// The table alone, for loops that translate many addresses: two words that stay in registers. It owns nothing: whoever
+  /// uses it holds the memory meanwhile.
+  @unsafe
+  public struct Table {
+    @usableFromInline let first: UnsafeMutablePointer<Entry>
+    @usableFromInline let end: UnsafeMutablePointer<Entry>
+
+    @inlinable
+    init(first: UnsafeMutablePointer<Entry>, count: Int) {
+      unsafe self.first = first
+      unsafe end = first + count
+    }
+
+    /// As `GuestMemory.translate`.
+    @unsafe @inlinable @inline(__always)
+    public func translate(_ address: UInt64, byteCount length: UInt64) -> UnsafeMutableRawPointer? {
+      var entry = unsafe first
+      while unsafe entry != end {
+        // SAFETY: entry is below `end`; as in `GuestMemory.translate`.
+        let offset = unsafe address &- entry.pointee.guestStart
+        if unsafe offset < entry.pointee.byteCount {
+          guard unsafe length <= entry.pointee.byteCount &- offset else { return nil }
+          return unsafe entry.pointee.base + Int(bitPattern: UInt(truncatingIfNeeded: offset))
+        }
+        unsafe entry += 1
+      }
+      return nil
+    }
+  }
+
+  @unsafe @inlinable @inline(__always)
+  public var tableAlone: Table { unsafe Table(first: table, count: count) }
+
   /// How many bytes from `address` on lie in one region (0 = not memory): to split a range at region borders.
   @inlinable
   public func contiguousByteCount(from address: GuestAddress) -> UInt64 {

@@ -74,61 +74,33 @@ public struct DescriptorChain: ~Copyable, @unchecked Sendable {
 
   // MARK: Filling, by the queue
 
+  /// An empty chain to be filled. Nothing of it is in this structure before `finish`.
   @inlinable @inline(__always)
-  mutating func clear() {
+  func builder() -> ChainBuilder { unsafe ChainBuilder(segments: segments, capacity: capacity) }
+
+  /// Takes what `QuickWalk` has put into `segments`; false if it has 2^32 bytes or more.
+  @inlinable @inline(__always)
+  mutating func finish(_ walk: QuickWalk, _ token: ChainToken) -> Bool {
+    let border = walk.isWriting ? walk.readableEnd : walk.count
+    let readableBytes = walk.isWriting ? walk.readableBytes : walk.bytes
     readableStart = 0
-    readableEnd = 0
-    writableStart = 0
-    writableEnd = 0
-    readableCount = 0
-    writableCount = 0
-  }
-
-  /// Adds one descriptor's buffer; nil if all is well.
-  @inlinable @inline(__always)
-  mutating func append(
-    _ address: UInt64, _ length: UInt32, isWritable: Bool, _ memory: GuestMemory
-  ) -> BrokenRing? {
-    // Before the first writable buffer both ends of the writable part lie at `readableEnd`.
-    if !isWritable && writableEnd != readableEnd { return .order }
-    guard length != 0 else { return nil }
-    // SAFETY: the pointer is lent while the queue holds `memory`; the range was checked as a whole.
-    guard writableEnd < capacity, let base = unsafe memory.translate(GuestAddress(address), byteCount: UInt64(length))
-    else { return appendPieces(address, length, isWritable: isWritable, memory) }
-    return unsafe appendPiece(base, Int(length), isWritable: isWritable)
+    readableEnd = border
+    writableStart = border
+    writableEnd = walk.count
+    readableCount = readableBytes
+    writableCount = walk.bytes &- readableBytes
+    storedToken = token
+    return walk.bytes >> 32 == 0
   }
 
   @inlinable @inline(__always)
-  mutating func appendPiece(_ base: UnsafeMutableRawPointer, _ length: Int, isWritable: Bool) -> BrokenRing? {
-    // SAFETY: the caller made sure that writableEnd < capacity.
-    unsafe segments[writableEnd] = unsafe iovec(iov_base: base, iov_len: length)
-    writableEnd &+= 1
-    if isWritable {
-      writableCount &+= length
-    } else {
-      readableEnd &+= 1
-      writableStart &+= 1
-      readableCount &+= length
-    }
-    return (readableCount &+ writableCount) >> 32 == 0 ? nil : .tooManyBytes
-  }
-
-  /// The rare ways: no room, several regions, or no memory.
-  @usableFromInline @inline(never)
-  mutating func appendPieces(
-    _ address: UInt64, _ length: UInt32, isWritable: Bool, _ memory: GuestMemory
-  ) -> BrokenRing? {
-    var done: UInt64 = 0
-    // Bounded: every round takes the rest of one region.
-    while done < length {
-      guard writableEnd < capacity else { return .tooManySegments }
-      guard let here = GuestAddress(address).advanced(by: done) else { return .notMemory }
-      let count = min(memory.contiguousByteCount(from: here), UInt64(length) - done)
-      // SAFETY: as in `append`.
-      guard count > 0, let base = unsafe memory.translate(here, byteCount: count) else { return .notMemory }
-      if let broken = unsafe appendPiece(base, Int(count), isWritable: isWritable) { return broken }
-      done += count
-    }
-    return nil
+  mutating func finish(_ builder: ChainBuilder, _ token: ChainToken) {
+    readableStart = 0
+    readableEnd = builder.readableEnd
+    writableStart = builder.readableEnd
+    writableEnd = builder.count
+    readableCount = builder.readableCount
+    writableCount = builder.writableCount
+    storedToken = token
   }
 }

@@ -99,23 +99,31 @@ extension Virtqueue {
     }
   }
 
-  /// Checks what an indirect descriptor says of its table.
-  @inlinable
-  func indirectTable(_ address: UInt64, _ length: UInt32) -> Result<IndirectTable, BrokenRing> {
-    guard hasIndirect else { return .failure(.indirectNotNegotiated) }
+  /// What an indirect descriptor says of its table, checked; or why it breaks the ring.
+  @inlinable @inline(__always)
+  static func indirectTable(
+    _ address: UInt64, _ length: UInt32, _ rules: WalkRules, _ memory: GuestMemory
+  ) -> Result<IndirectTable, BrokenRing> {
+    guard rules.hasIndirect else { return .failure(.indirectNotNegotiated) }
     let count = Int(length / 16)
-    guard length % 16 == 0, count > 0, count <= greatestChainLength else { return .failure(.indirectByteCount) }
-    // SAFETY: lent while the queue holds its memory. A table that is not aligned is copied entry by entry.
-    let whole = unsafe memoryForTable(address, length)
-    return unsafe .success(IndirectTable(address: address, count: count, base: whole))
+    guard length % 16 == 0, count > 0, count <= max(Int(rules.size), 1024) else { return .failure(.indirectByteCount) }
+    // SAFETY: lent while the queue holds its memory.
+    guard address % 8 == 0, let base = unsafe memory.translate(GuestAddress(address), byteCount: UInt64(length)),
+      UInt(bitPattern: base) % 8 == 0
+    else { return unsafe .success(IndirectTable(address: address, count: count, base: nil)) }
+    return unsafe .success(IndirectTable(address: address, count: count, base: base))
   }
 
-  @unsafe @inlinable @inline(__always)
-  func memoryForTable(_ address: UInt64, _ length: UInt32) -> UnsafeMutableRawPointer? {
-    guard address % 8 == 0,
-      let base = unsafe storedMemory.translate(GuestAddress(address), byteCount: UInt64(length)),
-      UInt(bitPattern: base) % 8 == 0
-    else { return nil }
-    return unsafe base
+  /// What the walk has to know besides the memory; static functions and values, because a `borrowing` self of this size is
+  /// copied to the stack at every call.
+  @usableFromInline
+  struct WalkRules {
+    @usableFromInline let size: UInt16
+    @usableFromInline let hasIndirect: Bool
+    @inlinable
+    init(size: UInt16, hasIndirect: Bool) {
+      self.size = size
+      self.hasIndirect = hasIndirect
+    }
   }
 }
