@@ -229,7 +229,9 @@ extension BlockQueueWorker where Engine: ~Copyable {
     while unsafe slots[index].nextRange < slots[index].rangeCount {
       let range = unsafe list[Int(slots[index].nextRange)]
       unsafe slots[index].nextRange += 1
-      guard range.sectorCount > 0, case .success(var request) = unsafe range.checked(zeroing: slots[index].isZeroing, limits) else { continue }
+      guard range.sectorCount > 0, case .success(var request) = unsafe range.checked(zeroing: slots[index].isZeroing, limits) else {
+        continue
+      }
       request.isDurable = space.isWriteThrough
       switch engine.begin(index, request) {
       case nil: return

@@ -122,7 +122,8 @@ package final class DiskImage: Sendable {
     // off_t is signed, and sectors are counted in 64 bits: nothing above can be addressed.
     guard facts.byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: facts.byteCount) }
     if facts.byteCount % 512 != 0 {
-      Log.warning("\(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest")
+      Log.warning(
+        "\(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest")
       facts.byteCount -= facts.byteCount % 512
     }
     if !options.isReadOnly { probeAllocation(fd, status, &facts) }

@@ -40,7 +40,8 @@ extension IORing {
     let fd = try temporaryFile()
     let data = pattern(8192)
     var back = [UInt8](repeating: 0, count: 8192)
-    data.withUnsafeBytes { check(ring.prepareWrite(.descriptor(fd.rawValue), from: $0.baseAddress!, byteCount: 8192, offset: 4096, userData: 1)) 
+    data.withUnsafeBytes {
+      check(ring.prepareWrite(.descriptor(fd.rawValue), from: $0.baseAddress!, byteCount: 8192, offset: 4096, userData: 1))
       let done = ring.collect(1)
       #expect(done.map(\.result) == [8192])
       #expect(done.map(\.userData) == [1])
