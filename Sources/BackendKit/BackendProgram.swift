@@ -26,10 +26,45 @@ public struct BackendProgram: Sendable {
   public func run<Device: DeviceBackend & ~Copyable>(
     _ arguments: [String], makeDevice: (LaunchArguments) throws(BackendError) -> Device
   ) -> CInt {
+    run(arguments, alternative: nil) { launch throws(BackendError) in try serve(launch, makeDevice) }
+  }
+
+  /// As `run(_:makeDevice:)`, for a program that can do something else than serve a front end.
+  /// - Parameters:
+  ///   - alternative: the option that asks for it, in place of a connection to a front end.
+  ///   - work: does it, and returns the exit code. Gets the descriptor that is readable when the program is to end, and what
+  ///     closes the sandbox and says READY.
+  public func run<Device: DeviceBackend & ~Copyable>(
+    _ arguments: [String], alternative: String, makeDevice: (LaunchArguments) throws(BackendError) -> Device,
+    work: (LaunchArguments, consuming OwnedFD, () throws(BackendError) -> Void) throws(BackendError) -> CInt
+  ) -> CInt {
+    run(arguments, alternative: alternative) { launch throws(BackendError) in
+      guard launch.has(alternative) else { return try serve(launch, makeDevice) }
+      let ready = try wrap { () throws(SystemError) in
+        Signals.ignoreBrokenPipes()
+        return ReadyBox(try ReadyPort(launch.readyFD))
+      }
+      let signals = try wrap { () throws(SystemError) in try Signals.descriptor(for: [SIGTERM, SIGINT]) }
+      return try work(launch, signals) { () throws(BackendError) in
+        try wrap { () throws(SystemError) in
+          try closeSandbox(launch)
+          try ready.announce()
+        }
+      }
+    }
+  }
+
+  private func wrap<R: ~Copyable>(_ body: () throws(SystemError) -> R) throws(BackendError) -> R {
+    do { return try body() } catch { throw .system(error) }
+  }
+
+  private func run(
+    _ arguments: [String], alternative: String?, serve: (LaunchArguments) throws(BackendError) -> CInt
+  ) -> CInt {
     Log.setSpeaker("martlet-" + type)
     let launch: LaunchArguments
     do {
-      launch = try LaunchArguments.parse(Array(arguments.dropFirst()), options: options)
+      launch = try LaunchArguments.parse(Array(arguments.dropFirst()), options: options, alternative: alternative)
     } catch {
       Log.error("\(error)")
       return 2
@@ -46,7 +81,7 @@ public struct BackendProgram: Sendable {
     Log.level = launch.logLevel
     if let title = launch.title { Log.setSpeaker(title) }
     do {
-      return try serve(launch, makeDevice)
+      return try serve(launch)
     } catch {
       Log.error("\(error)")
       return 1
@@ -126,4 +161,11 @@ extension Log {
     try? output.writeAll(Array((text + "\n").utf8))
     _ = output.release()
   }
+}
+
+/// A ready port for a closure, which cannot consume what it captures.
+private final class ReadyBox {
+  private var port: ReadyPort?
+  init(_ port: consuming ReadyPort) { self.port = consume port }
+  func announce() throws(SystemError) { try port.take()?.announce() }
 }

@@ -73,7 +73,10 @@ public struct LaunchArguments: Sendable {
   ]
 
   /// Parses what follows the program's name; `--name=value` and `--name value` mean the same.
-  public static func parse(_ arguments: [String], options: [LaunchOption]) throws(BackendError) -> LaunchArguments {
+  /// - Parameter alternative: a device option that stands in for a connection to a front end.
+  public static func parse(
+    _ arguments: [String], options: [LaunchOption], alternative: String? = nil
+  ) throws(BackendError) -> LaunchArguments {
     var result = LaunchArguments()
     let known = common + options
     var rest = arguments[...]
@@ -99,7 +102,8 @@ public struct LaunchArguments: Sendable {
       }
       try result.take(name, value)
     }
-    if result.request == .serve, result.connection == nil { throw .noConnection }
+    let hasAlternative = alternative.map { result.has($0) } ?? false
+    if result.request == .serve, (result.connection == nil) != hasAlternative { throw .noConnection }
     return result
   }
 

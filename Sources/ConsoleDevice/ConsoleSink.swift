@@ -33,10 +33,12 @@ package final class ConsoleSink {
   private let rawMode: RawTerminal?
   /// Descriptors whose description had to be shared and was made non-blocking here.
   private let madeNonBlocking: [CInt]
+  /// A listening socket's file, when it was made here.
+  private let path: String?
 
   private init(
     _ kind: Kind, input: consuming OwnedFD? = nil, output: consuming OwnedFD? = nil, peer: consuming OwnedFD? = nil,
-    rawMode: consuming RawTerminal? = nil, madeNonBlocking: [CInt] = []
+    rawMode: consuming RawTerminal? = nil, madeNonBlocking: [CInt] = [], path: String? = nil
   ) {
     self.kind = kind
     self.input = input
@@ -44,9 +46,11 @@ package final class ConsoleSink {
     self.peer = peer
     self.rawMode = rawMode
     self.madeNonBlocking = madeNonBlocking
+    self.path = path
   }
 
   deinit {
+    if let path { _ = unsafe unlink(path) }
     for number in madeNonBlocking {
       let flags = clinux_fcntl(number, F_GETFL, 0)
       if flags >= 0 { _ = clinux_fcntl(number, F_SETFL, CLong(flags & ~O_NONBLOCK)) }
@@ -75,9 +79,10 @@ package final class ConsoleSink {
   }
 
   /// A listening socket for clients.
-  package static func socket(_ listener: consuming OwnedFD) throws(SystemError) -> ConsoleSink {
+  /// - Parameter path: its file, to be removed at the end.
+  package static func socket(_ listener: consuming OwnedFD, path: String? = nil) throws(SystemError) -> ConsoleSink {
     try listener.setNonBlocking(true)
-    return ConsoleSink(.socket, input: listener)
+    return ConsoleSink(.socket, input: listener, path: path)
   }
 
   package static func appending(_ file: consuming OwnedFD) throws(SystemError) -> ConsoleSink {

@@ -107,6 +107,9 @@ public struct TapDevice: ~Copyable, Sendable {
     self.name = name
   }
 
+  /// Ends the pairing of descriptor and name; the descriptor is the caller's.
+  public consuming func takeFD() -> OwnedFD { fd }
+
   /// Lets the kernel hand over frames without checksum, or larger than the MTU, exactly as far as `offloads` says.
   public borrowing func setOffloads(_ offloads: Offloads) throws(SystemError) {
     _ = try checked(clinux_tun_set_offload(fd.rawValue, offloads.rawValue), "set the offloads of tap \(name)")

@@ -1,1 +1,4 @@
-import HostSystem
+import ConsoleDevice
+import Glibc
+
+exit(ConsoleProgram.run(CommandLine.arguments))

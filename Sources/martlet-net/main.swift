@@ -1,1 +1,4 @@
-import HostSystem
+import Glibc
+import NetDevice
+
+exit(NetProgram.run(CommandLine.arguments))
