@@ -12,7 +12,7 @@ package struct ACPITables: Equatable, Sendable {
   }
 
   /// `processorIDs` are the APIC ids, ascending; the processor's unique id in ACPI is its index.
-  package init(map: PhysicalMap, processorIDs: [UInt32]) throws(BootError) {
+  package init(map: PhysicalMap, processorIDs: [UInt32], hasSerialPort: Bool = true) throws(BootError) {
     guard !processorIDs.isEmpty, processorIDs.count <= 4096 else {
       throw .processors("\(processorIDs.count) processors asked for, from 1 to 4096 are possible")
     }
@@ -33,10 +33,13 @@ package struct ACPITables: Equatable, Sendable {
     }
 
     let dsdt = place(
-      Self.table("DSDT", revision: 6, DSDT.body(map: map, processorCount: processorIDs.count)), "DSDT")
+      Self.table(
+        "DSDT", revision: 6,
+        DSDT.body(map: map, processorCount: processorIDs.count, hasSerialPort: hasSerialPort)),
+      "DSDT")
     var pointers: [UInt8] = []
     pointers.append(u64: place(Self.fixedDescription(dsdt: dsdt), "FACP"))
-    pointers.append(u64: place(Self.interruptControllers(processorIDs), "APIC"))
+    pointers.append(u64: place(Self.interruptControllers(processorIDs, hasSerialPort: hasSerialPort), "APIC"))
     pointers.append(u64: place(Self.configurationSpace, "MCFG"))
     let xsdt = place(Self.table("XSDT", revision: 1, pointers), "XSDT")
     let root = Self.rootPointer(xsdt: xsdt)
@@ -114,7 +117,7 @@ package struct ACPITables: Equatable, Sendable {
 
   /// MADT: one entry per processor (a local APIC entry up to id 254, an x2APIC entry above, as the specification asks),
   /// the I/O APIC, and the serial port's interrupt, which a hardware-reduced kernel does not map by itself.
-  private static func interruptControllers(_ processorIDs: [UInt32]) -> [UInt8] {
+  private static func interruptControllers(_ processorIDs: [UInt32], hasSerialPort: Bool) -> [UInt8] {
     var body: [UInt8] = []
     body.append(u32: UInt32(PhysicalMap.localAPIC.lowerBound))
     body.append(u32: 0)
@@ -133,9 +136,11 @@ package struct ACPITables: Equatable, Sendable {
     body.append(u32: UInt32(PhysicalMap.ioapic.lowerBound))
     body.append(u32: 0)
     // Bus ISA, source 4, edge triggered and active high.
-    body += [2, 10, 0, UInt8(PlatformInterrupt.serial)]
-    body.append(u32: PlatformInterrupt.serial)
-    body.append(u16: 0b0101)
+    if hasSerialPort {
+      body += [2, 10, 0, UInt8(PlatformInterrupt.serial)]
+      body.append(u32: PlatformInterrupt.serial)
+      body.append(u16: 0b0101)
+    }
     // LINT1 of every processor is the non-maskable interrupt.
     body += [4, 6, 0xFF, 0, 0, 1]
     if processorIDs.contains(where: { $0 >= 255 }) {

@@ -5,8 +5,11 @@ package struct BootConfiguration: Equatable, Sendable {
   package var processorIDs: [UInt32]
   /// Without a NUL.
   package var commandLine: [UInt8]
+  /// Whether the tables describe COM1.
+  package var hasSerialPort: Bool
 
-  package init(map: PhysicalMap, processorIDs: [UInt32], commandLine: [UInt8]) {
+  package init(map: PhysicalMap, processorIDs: [UInt32], commandLine: [UInt8], hasSerialPort: Bool = true) {
+    self.hasSerialPort = hasSerialPort
     self.map = map
     self.processorIDs = processorIDs
     self.commandLine = commandLine
@@ -59,7 +62,8 @@ package struct BootPlan: Equatable, Sendable {
     let ramdisk = try initramfs.map { file throws(BootError) in
       try Self.place(initramfs: file.byteCount, image: image, lowMemoryEnd: low.upperBound)
     }
-    let tables = try ACPITables(map: map, processorIDs: configuration.processorIDs)
+    let tables = try ACPITables(
+      map: map, processorIDs: configuration.processorIDs, hasSerialPort: configuration.hasSerialPort)
     var writes = [
       Write(address: tables.rootPointer, bytes: tables.bytes),
       Write(address: LowMemory.commandLine, bytes: configuration.commandLine + [0]),

@@ -1,8 +1,11 @@
 /// The differentiated system description: host bridge, motherboard resources, processors, serial port, power button.
 enum DSDT {
   /// Definition blocks for `processorCount` processors with unique ids from 0.
-  static func body(map: PhysicalMap, processorCount: Int) -> [UInt8] {
-    AML.scope("\\_SB_", [hostBridge(map), motherboard, processors(processorCount), serialPort, powerButton, eventDevice])
+  static func body(map: PhysicalMap, processorCount: Int, hasSerialPort: Bool) -> [UInt8] {
+    AML.scope(
+      "\\_SB_",
+      [hostBridge(map), motherboard, processors(processorCount)] + (hasSerialPort ? [serialPort] : [])
+        + [powerButton, eventDevice])
       // Sleep type 5 for power-off; the others are not offered.
       + AML.name("\\_S5_", AML.package([AML.integer(5), AML.integer(5), AML.integer(0), AML.integer(0)]))
   }

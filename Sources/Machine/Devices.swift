@@ -34,14 +34,17 @@ final class Devices {
   var vectorRoutes: [UInt32: MSIMessage] = [:]
   var nextInterrupt = PlatformInterrupt.pinCount
   var warningLimit = RateLimit()
+  /// Accesses that left the kernel, for reports.
+  var portAccesses: UInt64 = 0
+  var memoryAccesses: UInt64 = 0
 
-  init(map: PhysicalMap, doorbellLength: UInt32) {
+  init(map: PhysicalMap, doorbellLength: UInt32, hasSerialPort: Bool) {
     self.map = map
     self.doorbellLength = doorbellLength
     for port in [0x60, 0x61, 0x64, 0x70, 0x71, PlatformPort.sleepAndReset, PlatformPort.genericEvent] as [UInt16] {
       ports.insert(UInt64(port)..<UInt64(port) + 1, .platform)
     }
-    ports.insert(UInt64(PlatformPort.serial)..<UInt64(PlatformPort.serial) + 8, .serial)
+    if hasSerialPort { ports.insert(UInt64(PlatformPort.serial)..<UInt64(PlatformPort.serial) + 8, .serial) }
     let timer = UInt64(PlatformPort.powerManagementTimer)
     ports.insert(timer..<timer + 4, .powerManagementTimer)
     ports.insert(0xCF8..<0xCFC, .pciAddress)
@@ -116,7 +119,9 @@ final class Devices {
     guard port <= 0xFFFF, let (target, offset) = ports.find(UInt64(port)) else { return 0xFF }
     switch target {
     case .serial:
+      let hadRoom = serial.inputRoom > 0
       let value = serial.read(UInt16(offset))
+      if !hadRoom, serial.inputRoom > 0 { machine.wakeUp.signal() }
       updateSerialLine(machine)
       return value
     case .platform, .pciAddress:

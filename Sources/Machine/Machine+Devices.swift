@@ -80,6 +80,8 @@ extension Machine {
     deviceLock.withLock {
       devices.serial.consumeOutput(taken)
       devices.updateSerialLine(self)
+      // The guest signals only when it writes into an empty buffer: what came meanwhile is for the next turn.
+      if taken == waiting.count, !devices.serial.output.isEmpty { wakeUp.signal() }
     }
   }
 

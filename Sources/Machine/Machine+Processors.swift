@@ -150,6 +150,7 @@ extension Machine {
   private func handle(_ access: PortAccess, _ processor: Processor) {
     var request = Platform.Request.none
     deviceLock.withLock {
+      devices.portAccesses += 1
       // The kernel's buffer bounds the count: one page.
       for index in 0..<access.count {
         if access.isWrite {
@@ -170,6 +171,7 @@ extension Machine {
 
   private func handle(_ access: MemoryAccess, _ processor: Processor) {
     deviceLock.withLock {
+      devices.memoryAccesses += 1
       if access.isWrite {
         devices.writeMemory(access.address, width: access.byteCount, value: access.value, self)
       } else {

@@ -21,8 +21,10 @@ import VirtioTransport
 package struct MachineConfiguration: Sendable {
   package var map: PhysicalMap
   package var processorCount: Int
+  package var hasSerialPort: Bool
 
-  package init(map: PhysicalMap, processorCount: Int) {
+  package init(map: PhysicalMap, processorCount: Int, hasSerialPort: Bool = true) {
+    self.hasSerialPort = hasSerialPort
     self.map = map
     self.processorCount = processorCount
   }
@@ -97,7 +99,8 @@ package final class Machine: @unchecked Sendable {
       }
       self.processors = processors
       devices = Devices(
-        map: configuration.map, doorbellLength: virtualMachine.value(of: .ioeventfdAnyLength) > 0 ? 0 : 2)
+        map: configuration.map, doorbellLength: virtualMachine.value(of: .ioeventfdAnyLength) > 0 ? 0 : 2,
+        hasSerialPort: configuration.hasSerialPort)
       wakeUp = try EventFD()
       self.virtualMachine = virtualMachine
     } catch let error as MachineError {
@@ -143,6 +146,16 @@ package final class Machine: @unchecked Sendable {
   /// Sends a non-maskable interrupt to the first processor.
   package func injectNMI() throws(MachineError) {
     do { try processors[0].vcpu.injectNMI() } catch { throw .kvm(error) }
+  }
+
+  /// Continues the guest's paravirtual clock exactly at `nanoseconds`. Only while all processors are paused.
+  package func setClock(_ nanoseconds: UInt64) throws(MachineError) {
+    do { try virtualMachine.setClock(nanoseconds) } catch { throw .kvm(error) }
+  }
+
+  /// Accesses of the guest that left the kernel, since the start: to ports and to memory addresses.
+  package var accessCounts: (ports: UInt64, memory: UInt64) {
+    deviceLock.withLock { (devices.portAccesses, devices.memoryAccesses) }
   }
 
   /// The guest's paravirtual clock, in nanoseconds.

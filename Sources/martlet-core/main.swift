@@ -1,1 +1,4 @@
-import HostSystem
+import Glibc
+import Monitor
+
+exit(CoreProgram.run(CommandLine.arguments))

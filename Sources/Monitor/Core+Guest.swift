@@ -1,0 +1,168 @@
+import ControlProtocol
+import FrontEnd
+import HostSystem
+import Machine
+import VirtioTransport
+
+extension Core {
+  // MARK: start
+
+  /// Starts the guest when it has been asked for and every device has made first contact.
+  func tryStart() {
+    guard let sequence = pendingStart, let guest, devices.allSatisfy({ $0.frontEnd.state != .negotiating }) else {
+      return
+    }
+    pendingStart = nil
+    do {
+      for device in devices {
+        guard device.reason.isEmpty else {
+          throw CoreError.device("Device \(device.assignment.id): \(device.reason)")
+        }
+        try device.plug(into: guest.machine)
+      }
+      try guest.enterPayload()
+    } catch {
+      return fail(error as? CoreError ?? .host("The VM cannot be started"), sequence: sequence)
+    }
+    startTime = .now
+    state = .running
+    guest.machine.resume()
+    answer(.started, sequence)
+  }
+
+  // MARK: events
+
+  func takeMachineEvents() {
+    guard let machine = guest?.machine else { return }
+    for event in machine.takeEvents() {
+      switch event {
+      case .device(let index, let effect):
+        if let device = devices.first(where: { $0.index == index }) { device.frontEnd.handle(effect, now: .now) }
+      case .warning(let text): Log.warning(text)
+      case .resetRequested:
+        // One processor asked; what others asked in the same moment is the same reset.
+        guard state == .running else { break }
+        if configuration?.restartsOnReset == true {
+          beginReset()
+        } else {
+          end(.resetEnded)
+        }
+      case .powerOff: if state == .running { end(.poweredOff) }
+      case .crashed(let reason):
+        guard state == .running else { break }
+        Log.error(reason)
+        end(.crashed)
+      }
+    }
+  }
+
+  func takeDeviceEvents() {
+    for (index, device) in devices.enumerated() {
+      while let event = device.frontEnd.nextEvent() {
+        switch event {
+        case .ready:
+          guard let number = device.frontEnd.channelNumber else { break }
+          do {
+            try loop.add(number: number, for: .readable, token: .deviceChannel(index))
+            device.watchedChannel = number
+          } catch {
+            Log.warning("Device \(device.assignment.id): \(error.description)")
+          }
+        case .channelClosed: stopWatchingChannel(device)
+        case .lost(let error):
+          device.reason = "\(error)"
+          Log.warning("Device \(device.assignment.id): \(error)")
+          if let number = device.watchedSocket { loop.remove(number: number) }
+          device.watchedSocket = nil
+          stopWatchingChannel(device)
+        case .paused, .resumed: break
+        }
+      }
+    }
+  }
+
+  private func stopWatchingChannel(_ device: CoreDevice) {
+    if let number = device.watchedChannel { loop.remove(number: number) }
+    device.watchedChannel = nil
+  }
+
+  /// Tells the supervisor of every device that is not what it was.
+  func reportDevices() {
+    for device in devices {
+      let report = device.report(guest?.machine)
+      guard report != device.lastReport else { continue }
+      device.lastReport = report
+      channel.send(.device(report))
+    }
+  }
+
+  // MARK: reset in place
+
+  /// Stops the guest and puts its devices back; `tryFinishReset` goes on when the back ends have stopped.
+  func beginReset() {
+    guard let machine = guest?.machine, state == .running || state == .paused else { return }
+    machine.pause()
+    state = .resetting
+    pausedClock = nil
+    machine.resetDevices()
+    takeMachineEvents()
+  }
+
+  /// Starts the guest again once no back end works on a ring.
+  func tryFinishReset() {
+    guard state == .resetting, let guest, !devices.contains(where: { $0.isResetting(in: guest.machine) }) else { return }
+    // Resets asked for by other processors before they stopped are this one.
+    takeMachineEvents()
+    do {
+      try guest.startOver()
+    } catch {
+      return fail(error)
+    }
+    resetCount += 1
+    state = .running
+    guest.machine.resume()
+    channel.send(.guest(.reset))
+    for sequence in pendingReboots { answer(.done, sequence) }
+    pendingReboots = []
+  }
+
+  // MARK: end
+
+  /// The guest has ended: reports it and takes the rings back.
+  private func end(_ event: CoreMessage.GuestEvent) {
+    guest?.machine.pause()
+    // The last words of the guest.
+    flushSerial()
+    channel.send(.guest(event))
+    beginEnd(answering: nil)
+  }
+
+  /// Stops processors and rings; ends when all back ends have stopped, or after two seconds without them.
+  func beginEnd(answering sequence: UInt32?) {
+    if let sequence { endSequence = sequence }
+    guard endDeadline == nil else { return }
+    guest?.machine.pause()
+    if state == .created || devices.isEmpty {
+      state = .stopped
+      endDeadline = .now
+      return
+    }
+    state = .stopped
+    let now = MonotonicTime.now
+    endDeadline = now.advanced(by: .seconds(2))
+    for device in devices { device.frontEnd.pause(now: now) }
+  }
+
+  func finishEnd() {
+    if let sequence = endSequence {
+      answer(.done, sequence)
+      channel.send(.guest(.shutDown))
+    }
+    exitCode = 0
+  }
+
+  private func flushSerial() {
+    guard let machine = guest?.machine else { return }
+    _ = serial.send(from: machine)
+  }
+}

@@ -1,0 +1,134 @@
+import ControlProtocol
+import HostSystem
+import Machine
+
+extension Core {
+  func handle(_ message: SupervisorMessage, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors) {
+    // The decoder has checked that as many descriptors came as the message needs.
+    switch message {
+    case .configure(let configuration): configure(configuration, sequence, &descriptors)
+    case .device(let assignment): addDevice(assignment, sequence, &descriptors)
+    case .stream(.serial):
+      if let fd = descriptors.takeFirst() { serial.open(fd) }
+    case .start:
+      guard guest != nil, state == .created, pendingStart == nil else {
+        return refuse("The VM cannot be started now", sequence)
+      }
+      pendingStart = sequence
+    case .pause: pause(sequence)
+    case .resume: resume(sequence)
+    case .powerButton:
+      guard let machine = guest?.machine, state == .running || state == .paused else {
+        return refuse("The VM is not running", sequence)
+      }
+      machine.pressPowerButton()
+      answer(.done, sequence)
+    case .reboot:
+      guard guest != nil, state == .running || state == .paused || state == .resetting else {
+        return refuse("The VM is not running", sequence)
+      }
+      pendingReboots.append(sequence)
+      beginReset()
+    case .shutdown: beginEnd(answering: sequence)
+    case .information: answer(.information(information), sequence)
+    case .reattach(let id):
+      // A device whose back end died stays lost until the guest is started again.
+      refuse("Device \(id) cannot be given a new back end while the VM runs", sequence)
+    }
+  }
+
+  private func refuse(_ sentence: String, _ sequence: UInt32) {
+    answer(.refused(sentence), sequence)
+  }
+
+  private func configure(
+    _ configuration: CoreConfiguration, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors
+  ) {
+    guard guest == nil else { return refuse("The VM is configured already", sequence) }
+    guard let kvm = descriptors.takeFirst(), let kernel = descriptors.takeFirst() else {
+      return refuse("Descriptors are missing", sequence)
+    }
+    do {
+      let guest = try GuestMachine(
+        configuration, kvm: kvm, kernel: kernel, initramfs: descriptors.takeFirst())
+      try watch(guest.machine)
+      self.guest = guest
+      self.configuration = configuration
+      // Place for Landlock and the system-call filter: every thread has started and reported ready, everything that is
+      // opened is open. Device sockets and streams arrive as descriptors.
+      answer(.ready, sequence)
+    } catch {
+      fail(error, sequence: sequence)
+    }
+  }
+
+  private func watch(_ machine: Machine) throws(CoreError) {
+    do {
+      try loop.add(machine.wakeUp.fd, for: .readable, token: .machine)
+    } catch {
+      throw .host(error.description)
+    }
+  }
+
+  private func addDevice(
+    _ assignment: DeviceAssignment, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors
+  ) {
+    guard let guest, let configuration, state == .created, pendingStart == nil,
+      !devices.contains(where: { $0.assignment.id == assignment.id }), let socket = descriptors.takeFirst()
+    else {
+      return fail(.device("Device \(assignment.id) came at a wrong time or twice"))
+    }
+    do {
+      let device = try CoreDevice(
+        assignment, socket, memory: guest.sharedMemory,
+        replyDeadline: .milliseconds(Int64(configuration.replyDeadline)))
+      try loop.add(number: device.frontEnd.socketNumber, for: .readable, token: .device(devices.count))
+      device.watchedSocket = device.frontEnd.socketNumber
+      devices.append(device)
+      device.frontEnd.start(now: .now)
+    } catch {
+      fail(.device("Device \(assignment.id): \(error)"))
+    }
+  }
+
+  // MARK: pause and resume
+
+  private func pause(_ sequence: UInt32) {
+    switch state {
+    case .paused: answer(.done, sequence)
+    case .running:
+      guard let machine = guest?.machine else { return }
+      machine.pause()
+      pausedClock = try? machine.clock()
+      state = .paused
+      answer(.done, sequence)
+    default: refuse("The VM is \(state.name)", sequence)
+    }
+  }
+
+  private func resume(_ sequence: UInt32) {
+    switch state {
+    case .running: answer(.done, sequence)
+    case .paused:
+      guard let machine = guest?.machine else { return }
+      // The guest's clock has not gone on meanwhile, and its watchdogs are told.
+      if let clock = pausedClock { try? machine.setClock(clock) }
+      pausedClock = nil
+      machine.announcePause()
+      machine.resume()
+      state = .running
+      answer(.done, sequence)
+    default: refuse("The VM is \(state.name)", sequence)
+    }
+  }
+
+  private var information: VMInformation {
+    let uptime = startTime.map { UInt64(clamping: MonotonicTime.now.since($0).nanoseconds) } ?? 0
+    let counts = guest?.machine.accessCounts ?? (ports: 0, memory: 0)
+    return VMInformation(
+      state: state, resetCount: resetCount, uptime: uptime,
+      counters: [
+        .init(name: "port_exits", value: counts.ports), .init(name: "memory_exits", value: counts.memory),
+      ])
+  }
+}

@@ -1,0 +1,143 @@
+import ControlProtocol
+import FrontEnd
+import HostSystem
+import Machine
+import VhostUser
+import VirtioSpec
+import VirtioTransport
+
+/// One device of the VM: what the supervisor assigned, the session with its back end, and its place in the machine.
+final class CoreDevice {
+  let assignment: DeviceAssignment
+  let frontEnd: DeviceFrontEnd
+  /// Index in the machine, once it is plugged in.
+  private(set) var index: Int?
+  /// Descriptors registered in the event loop.
+  var watchedSocket: CInt?
+  var watchedChannel: CInt?
+  /// Why there is no back end any more; empty while there is one.
+  var reason = ""
+  /// What the supervisor was told last.
+  var lastReport: DeviceReport?
+
+  init(
+    _ assignment: DeviceAssignment, _ socket: consuming OwnedFD, memory: SharedGuestMemory, replyDeadline: Duration
+  ) throws(VhostUserError) {
+    self.assignment = assignment
+    var configuration = FrontEndConfiguration(allowedFeatures: assignment.allowedFeatures)
+    if assignment.configuration.isEmpty {
+      configuration.configurationByteCount = Self.configurationByteCount(of: assignment.deviceType)
+    } else {
+      configuration.wantedProtocolFeatures.remove(.config)
+    }
+    configuration.hearsConfigurationChanges = configuration.configurationByteCount > 0
+    configuration.timeouts.setUp = replyDeadline
+    configuration.timeouts.suspend = replyDeadline
+    // Stopping a ring waits for requests in flight, which a slow disk may hold for long; never shorter than the others.
+    configuration.timeouts.drain = max(replyDeadline, configuration.timeouts.drain)
+    frontEnd = try DeviceFrontEnd(name: assignment.id, socket, configuration, memory)
+  }
+
+  /// Bytes of configuration space to ask a back end for: back ends refuse more than their structure has.
+  private static func configurationByteCount(of device: DeviceID) -> Int {
+    switch device {
+    case .net: NetConfiguration.byteCount
+    case .block: BlockConfiguration.byteCount
+    case .console: ConsoleConfiguration.byteCount
+    case .balloon: BalloonConfiguration.byteCount
+    case .fileSystem: FileSystemConfiguration.byteCount
+    case .vsock: VsockConfiguration.byteCount
+    case .persistentMemory: PersistentMemoryConfiguration.byteCount
+    case .entropy: 0
+    default: 256
+    }
+  }
+
+  /// Bytes that a driver may write (virtio 1.4, section 5).
+  private static func writableConfiguration(of device: DeviceID) -> [Range<Int>] {
+    switch device {
+    // writeback
+    case .block: [32..<33]
+    // emerg_wr
+    case .console: [8..<12]
+    // actual
+    case .balloon: [4..<8]
+    // select, subsel
+    case .input: [0..<2]
+    default: []
+    }
+  }
+
+  /// Shows the device to the guest as first contact found it. After `.ready`, before the guest runs.
+  func plug(into machine: Machine) throws(CoreError) {
+    guard let offer = frontEnd.offer else {
+      throw .device("Device \(assignment.id): its back end has not answered")
+    }
+    let queueCount = assignment.queueSizes.count
+    // Network back ends may count pairs of queues.
+    let offered = offer.queueCount.map { assignment.deviceType == .net ? $0 * 2 : $0 } ?? queueCount
+    guard offered >= queueCount else {
+      throw .device(
+        "Device \(assignment.id): its back end has \(offered) queues, \(queueCount) are asked for; ask for fewer")
+    }
+    let configuration = assignment.configuration.isEmpty ? offer.configuration ?? [] : assignment.configuration
+    let description = VirtioPCIFunction.Description(
+      device: assignment.deviceType, offeredFeatures: offer.features.union(assignment.ownFeatures),
+      queueSizes: assignment.queueSizes, configuration: configuration,
+      writableConfiguration: Self.writableConfiguration(of: assignment.deviceType).filter {
+        $0.upperBound <= configuration.count
+      })
+    do {
+      let index = try machine.addVirtioDevice(description, pciDevice: assignment.pciSlot)
+      self.index = index
+      frontEnd.attach(MachineDeviceHost(machine: machine, index: index))
+    } catch {
+      throw .device("Device \(assignment.id): \(error.description)")
+    }
+  }
+
+  /// Whether the guest waits for a reset of this device.
+  func isResetting(in machine: Machine) -> Bool {
+    index.flatMap { machine.function(ofDevice: $0) }?.state.isResetting ?? false
+  }
+
+  /// The report of this moment.
+  func report(_ machine: Machine?) -> DeviceReport {
+    let function = index.flatMap { machine?.function(ofDevice: $0) }
+    let state: DeviceReport.State =
+      switch frontEnd.state {
+      case .negotiating: .connecting
+      case .lost: .lost
+      case .broken: .needsReset
+      case .idle, .resetting: .connected
+      case .activating, .running, .pausing, .paused: frontEnd.activeQueues.isEmpty ? .connected : .active
+      }
+    let active = Set(frontEnd.activeQueues)
+    let queues = assignment.queueSizes.enumerated().map { index, size in
+      DeviceReport.Queue(size: function?.state.queues[index].size ?? size, isEnabled: active.contains(index))
+    }
+    var features = frontEnd.driverFeatures
+    if features.isEmpty { features = function?.state.offered ?? frontEnd.offer?.features ?? [] }
+    return DeviceReport(
+      id: assignment.id, state: state, features: features,
+      protocolFeatures: frontEnd.offer?.protocolFeatures.rawValue ?? 0, queues: queues, reason: reason)
+  }
+}
+
+/// A function of the machine as its front end sees it.
+struct MachineDeviceHost: DeviceHost {
+  let machine: Machine
+  let index: Int
+
+  func kick(ofQueue queue: Int) -> SharedDescriptor? {
+    machine.kick(ofDevice: index, queue: queue).flatMap { try? SharedDescriptor(duplicating: $0.event.fd) }
+  }
+
+  func call(ofVector vector: Int) -> SharedDescriptor? {
+    machine.call(ofDevice: index, vector: vector).flatMap { try? SharedDescriptor(duplicating: $0.event.fd) }
+  }
+
+  func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) {
+    machine.updateDevice(index, change)
+  }
+}
