@@ -13,10 +13,7 @@ import VirtioSpec
   private static func start(_ program: Program, queues: Int, image: [UInt8]) throws -> BlockProgram? {
     switch program {
     case .martlet:
-      let folder = URL(fileURLWithPath: try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/self/exe"))
-        .deletingLastPathComponent()
-      let path = folder.appendingPathComponent("martlet-block").path
-      guard FileManager.default.isExecutableFile(atPath: path) else { return nil }
+      guard let path = BlockProgram.martletBlock else { return nil }
       return try BlockProgram(path, image: image) { image, socket in
         ["--socket-path=\(socket)", "--blk-file=\(image)", "--num-queues=\(queues)"]
       }

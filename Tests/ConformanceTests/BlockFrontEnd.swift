@@ -28,6 +28,13 @@ final class BlockProgram {
     try process.run()
   }
 
+  /// Our own program, built beside the tests.
+  static var martletBlock: String? {
+    guard let tests = try? FileManager.default.destinationOfSymbolicLink(atPath: "/proc/self/exe") else { return nil }
+    let path = URL(fileURLWithPath: tests).deletingLastPathComponent().appendingPathComponent("martlet-block").path
+    return FileManager.default.isExecutableFile(atPath: path) ? path : nil
+  }
+
   deinit {
     if process.isRunning { kill(process.processIdentifier, SIGKILL) }
     process.waitUntilExit()

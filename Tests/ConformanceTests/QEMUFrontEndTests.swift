@@ -1,0 +1,58 @@
+import Foundation
+import Testing
+
+/// QEMU as the front end of our block back end: its firmware finds the disk, boots from it, reads, writes and resets.
+@Suite struct QEMUFrontEndTests {
+  /// A boot sector: reads sector 1, adds one to its first byte, writes it back; below three it resets the machine, then
+  /// it leaves QEMU with code 0x10 (0x01 if the firmware reported an error).
+  private static let bootSector: [UInt8] =
+    [
+      0x31, 0xc0, 0x8e, 0xd8,  // xor ax, ax; mov ds, ax
+      0xb4, 0x42, 0xbe, 0x38, 0x7c, 0xcd, 0x13, 0x72, 0x1d,  // int 13h, extended read by the packet at 7c38; jc fail
+      0xfe, 0x06, 0x00, 0x80,  // inc byte [8000]
+      0xb8, 0x00, 0x43, 0xbe, 0x38, 0x7c, 0xcd, 0x13, 0x72, 0x0f,  // int 13h, extended write; jc fail
+      0xa0, 0x00, 0x80, 0x3c, 0x03, 0x73, 0x0c,  // mov al, [8000]; cmp al, 3; jae done
+      0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xeb, 0x0a,  // out cf9, 6; jmp halt
+      0xb0, 0x01, 0xeb, 0x02,  // fail: mov al, 1; jmp leave
+      0xb0, 0x10,  // done: mov al, 10
+      0xba, 0x01, 0x05, 0xee,  // leave: out 501, al
+      0xf4, 0xeb, 0xfd, 0x90,  // halt: hlt; jmp halt
+      0x10, 0x00, 0x01, 0x00, 0x00, 0x80, 0x00, 0x00,  // packet: 16 bytes, one sector, to 0:8000,
+      0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,  // from sector 1
+    ] + [UInt8](repeating: 0, count: 510 - 72) + [0x55, 0xaa]
+
+  @Test(.timeLimit(.minutes(2)), arguments: ["off", "on"])
+  func firmwareBootsThreeTimesFromOurDisk(eventIndex: String) throws {
+    let qemu = "/usr/bin/qemu-system-x86_64"
+    guard FileManager.default.isExecutableFile(atPath: qemu), let block = BlockProgram.martletBlock else {
+      print("Skipped: needs \(qemu) and martlet-block")
+      return
+    }
+    var image = [UInt8](repeating: 0, count: 1 << 20)
+    image.replaceSubrange(0..<512, with: Self.bootSector)
+    image.replaceSubrange(513..<530, with: Array("through the queue".utf8))
+    let disk = try BlockProgram(block, image: image) { image, socket in ["--socket-path=\(socket)", "--blk-file=\(image)"] }
+    _ = try disk.connect()
+
+    let machine = Process()
+    machine.executableURL = URL(fileURLWithPath: qemu)
+    machine.arguments = [
+      "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "64",
+      "-object", "memory-backend-memfd,id=memory,size=64M,share=on", "-numa", "node,memdev=memory",
+      "-chardev", "socket,id=disk,path=\(disk.socketPath)",
+      "-device", "vhost-user-blk-pci,chardev=disk,bootindex=0,disable-legacy=on,event_idx=\(eventIndex)",
+      "-device", "isa-debug-exit,iobase=0x501",
+    ]
+    machine.standardInput = FileHandle.nullDevice
+    try machine.run()
+    // A machine that hangs must not hold up the tests.
+    let end = Date().addingTimeInterval(60)
+    while machine.isRunning, Date() < end { usleep(20_000) }
+    if machine.isRunning { kill(machine.processIdentifier, SIGKILL) }
+    machine.waitUntilExit()
+    // isa-debug-exit: twice the value and one.
+    #expect(machine.terminationStatus == 0x21)
+    #expect(try disk.imageBytes(512..<530) == [3] + Array("through the queue".utf8))
+    #expect(disk.process.isRunning)
+  }
+}
