@@ -41,7 +41,8 @@ extension Supervisor {
       for process in processes where process.state == .starting { consider(process.startTime.advanced(by: limit)) }
       if let time = startDeadline { consider(time) }
     case .endingCore(let time), .endingDevices(let time, _): consider(time)
-    case .running, .ended: break
+    case .running: if let first = quietEnds.first { consider(first.deadline) }
+    case .ended: break
     }
     return nearest
   }
@@ -79,6 +80,7 @@ extension Supervisor {
         }
       }
       phase = signalled ? .ended : .endingDevices(now.advanced(by: Self.signalGrace), signalled: true)
+    case .running: reportQuietEnds(now)
     default: break
     }
   }

@@ -63,7 +63,6 @@ extension Supervisor {
       loop.remove(number: number)
       process.closeReadyPipe()
     }
-    let wasReady = process.state == .ready
     // A failed step between fork and exec explains the end better than its exit code.
     if case .starting = process.state, case .failed = process.launchOutcome() { try handleLaunchReport(index) }
     guard let end = process.collect() else { return }
@@ -77,13 +76,32 @@ extension Supervisor {
       throw .endedEarly(process: process.id, program: process.program, end: end)
     case .running:
       if index == coreIndex { throw .coreLost(end) }
-      _ = wasReady
-      say(.warning, "\(process.program) of \(process.id) (pid \(process.processID)) \(end); the VM goes on without it")
+      if end == .exited(code: 0) {
+        // Usually because its socket ended: the core is dying, and a process closes its files before it can be waited
+        // for. Only if the core lives on is it news.
+        quietEnds.append((index, .now.advanced(by: Self.quietEndGrace)))
+      } else {
+        report(process, end)
+      }
     case .endingCore:
       if index == coreIndex { endDevices() }
     case .endingDevices, .ended: break
     }
     if case .endingDevices = phase, processes.allSatisfy({ !$0.isAlive }) { phase = .ended }
+  }
+
+  private static let quietEndGrace = Duration.milliseconds(500)
+
+  private func report(_ process: VMProcess, _ end: ProcessEnd) {
+    say(.warning, "\(process.program) of \(process.id) (pid \(process.processID)) \(end); the VM goes on without it")
+  }
+
+  /// Tells of devices that left without a sound while the core lives.
+  func reportQuietEnds(_ now: MonotonicTime) {
+    while let entry = quietEnds.first, entry.deadline <= now {
+      quietEnds.removeFirst()
+      if case .ended(let end) = processes[entry.index].state { report(processes[entry.index], end) }
+    }
   }
 
   // MARK: The core's messages

@@ -58,6 +58,9 @@ package final class Supervisor {
   var startIsSent = false
   var startSequence: UInt32 = 0
 
+  /// Devices that exited with 0 while the VM runs, and when that is worth telling.
+  var quietEnds: [(index: Int, deadline: MonotonicTime)] = []
+
   var phase = Phase.starting
   /// What the VM's end was, first cause wins.
   var outcome: ExitCode?
