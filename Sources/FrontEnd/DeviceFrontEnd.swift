@@ -209,7 +209,9 @@ package final class DeviceFrontEnd {
       return
     }
     state = .activating
-    session.activate(BackEndActivation(features: activation.features, regions: memory.regions, vrings: vrings), now: now)
+    // What the core offered on its own account (a card's MAC, say) is between the driver and the core.
+    let shared = activation.features.intersection(offer?.features ?? [])
+    session.activate(BackEndActivation(features: shared, regions: memory.regions, vrings: vrings), now: now)
   }
 
   /// A queue in the addresses that are named to back ends; nil when the driver put a part of it where no memory is.
