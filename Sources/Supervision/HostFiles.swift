@@ -1,5 +1,6 @@
 import CLinux
 import ControlProtocol
+import Glibc
 import HostSystem
 
 /// Opens what the command line names. Each failure says which option and file it concerns.
@@ -35,15 +36,33 @@ enum HostFiles {
       throw .wrongKind(what: what, path: path, wants: "a regular file or block device")
     }
     try clearNonBlocking(fd)
-    let lock = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
-    switch -lock {
-    case EAGAIN, EACCES:
-      throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: try examine(fd)))
-    case 0: break
-    default:
-      Log.warning("Image '\(path)' of disk \(disk) cannot be locked (\(Errno(-lock).explanation)); do not use it twice")
-    }
+    try lock(fd, path, readOnly: readOnly, disk: disk)
     return fd
+  }
+
+  /// How long a lock without a living holder is waited for.
+  private static let drainTime = Duration.seconds(3)
+
+  /// A block process that has ended can leave its lock behind for a moment: the kernel keeps the file open until its
+  /// ring's last request has come back. Such a lock has no holder in /proc and is waited for; taking the lock then also
+  /// proves that no write of the dead process is still under way. A lock with a holder is refused at once.
+  private static func lock(
+    _ fd: borrowing OwnedFD, _ path: String, readOnly: Bool, disk: String
+  ) throws(SupervisionError) {
+    let end = MonotonicTime.now.advanced(by: drainTime)
+    while true {
+      let result = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
+      switch -result {
+      case 0: return
+      case EAGAIN, EACCES:
+        let holder = LockHolder.describe(of: try examine(fd))
+        if holder != nil || .now >= end { throw .imageInUse(disk: disk, path: path, holder: holder) }
+        _ = usleep(5000)
+      default:
+        Log.warning("Image '\(path)' of disk \(disk) cannot be locked (\(Errno(-result).explanation)); do not use it twice")
+        return
+      }
+    }
   }
 
   /// The output of a console: appended to, made if missing.
