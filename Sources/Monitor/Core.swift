@@ -18,6 +18,7 @@ final class Core {
   var loop: EventLoop<Token>
   var channel: ControlChannel
   let timer: Timer
+  private var armedDeadline: MonotonicTime?
   var configuration: CoreConfiguration?
   var guest: GuestMachine?
   var devices: [CoreDevice] = []
@@ -73,7 +74,7 @@ final class Core {
     switch token {
     case .control: receiveControl()
     case .machine:
-      guest?.machine.wakeUp.drain()
+      guest?.machine.wakeUp.drainAfterReport()
       if let machine = guest?.machine { serial.refresh(machine) }
       sendSerial()
       takeMachineEvents()
@@ -85,6 +86,7 @@ final class Core {
       if isOver || !serial.receive(into: machine) { closeSerial() }
     case .deadline:
       timer.acknowledge()
+      armedDeadline = nil
       let now = MonotonicTime.now
       for device in devices where device.frontEnd.deadline.map({ $0 <= now }) ?? false {
         device.frontEnd.handleTimeout(now: now)
@@ -111,6 +113,8 @@ final class Core {
     for device in devices {
       if let other = device.frontEnd.deadline { deadline = min(deadline ?? other, other) }
     }
+    guard deadline != armedDeadline else { return }
+    armedDeadline = deadline
     timer.set(deadline)
   }
 

@@ -80,9 +80,13 @@ final class CoreDevice {
       throw .device(
         "Device \(assignment.id): its back end has \(offered) queues, \(queueCount) are asked for; ask for fewer")
     }
-    let configuration = assignment.configuration.isEmpty ? offer.configuration ?? [] : assignment.configuration
+    var configuration = assignment.configuration.isEmpty ? offer.configuration ?? [] : assignment.configuration
+    var features = offer.features.union(assignment.ownFeatures)
+    if queueCount == 1, assignment.deviceType == .block { features.remove(.blockMultiQueue) }
+    let queueLimit = QueueCountField(assignment.deviceType, queueCount: queueCount, configuration: configuration)
+    queueLimit?.apply(to: &configuration)
     let description = VirtioPCIFunction.Description(
-      device: assignment.deviceType, offeredFeatures: offer.features.union(assignment.ownFeatures),
+      device: assignment.deviceType, offeredFeatures: features,
       queueSizes: assignment.queueSizes, configuration: configuration,
       writableConfiguration: Self.writableConfiguration(of: assignment.deviceType).filter {
         $0.upperBound <= configuration.count
@@ -90,7 +94,7 @@ final class CoreDevice {
     do {
       let index = try machine.addVirtioDevice(description, pciDevice: assignment.pciSlot)
       self.index = index
-      frontEnd.attach(MachineDeviceHost(machine: machine, index: index))
+      frontEnd.attach(MachineDeviceHost(machine: machine, index: index, queueLimit: queueLimit))
     } catch {
       throw .device("Device \(assignment.id): \(error.description)")
     }
@@ -128,6 +132,7 @@ final class CoreDevice {
 struct MachineDeviceHost: DeviceHost {
   let machine: Machine
   let index: Int
+  let queueLimit: QueueCountField?
 
   func kick(ofQueue queue: Int) -> SharedDescriptor? {
     machine.kick(ofDevice: index, queue: queue).flatMap { try? SharedDescriptor(duplicating: $0.event.fd) }
@@ -138,6 +143,46 @@ struct MachineDeviceHost: DeviceHost {
   }
 
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) {
-    machine.updateDevice(index, change)
+    machine.updateDevice(index) { function in
+      var effects = change(&function)
+      // The back end may have told its own number of queues again.
+      if let queueLimit { effects += queueLimit.apply(to: &function) }
+      return effects
+    }
+  }
+}
+
+/// The number of queues in the configuration space of a device that counts them: a back end may have more than the
+/// machine gives it, and a driver believes the larger number.
+struct QueueCountField: Equatable, Sendable {
+  private let offset: Int
+  private let limit: UInt16
+
+  /// Nil for devices without such a field, or with too short a configuration space to hold it.
+  init?(_ device: DeviceID, queueCount: Int, configuration: [UInt8]) {
+    switch device {
+    case .block:
+      offset = 34
+      limit = UInt16(clamping: queueCount)
+    case .net:
+      offset = 8
+      limit = UInt16(clamping: max(1, queueCount / 2))
+    default: return nil
+    }
+    guard configuration.count >= offset + 2 else { return nil }
+  }
+
+  private func limited(_ bytes: [UInt8]) -> [UInt8]? {
+    let value = UInt16(bytes[offset]) | UInt16(bytes[offset + 1]) << 8
+    guard value > limit else { return nil }
+    return [UInt8(truncatingIfNeeded: limit), UInt8(truncatingIfNeeded: limit >> 8)]
+  }
+
+  func apply(to configuration: inout [UInt8]) {
+    if let bytes = limited(configuration) { configuration.replaceSubrange(offset..<offset + 2, with: bytes) }
+  }
+
+  func apply(to function: inout VirtioPCIFunction) -> [TransportEffect] {
+    limited(function.configuration.bytes).map { function.updateConfiguration(from: offset, with: $0) } ?? []
   }
 }
