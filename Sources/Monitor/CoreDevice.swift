@@ -82,7 +82,7 @@ final class CoreDevice {
     }
     var configuration = assignment.configuration.isEmpty ? offer.configuration ?? [] : assignment.configuration
     var features = offer.features.union(assignment.ownFeatures)
-    if queueCount == 1, assignment.deviceType == .block { features.remove(.blockMultiQueue) }
+    if queueCount == 1, assignment.deviceType == .block { features.remove(.blockMultipleQueues) }
     let queueLimit = QueueCountField(assignment.deviceType, queueCount: queueCount, configuration: configuration)
     queueLimit?.apply(to: &configuration)
     let description = VirtioPCIFunction.Description(
