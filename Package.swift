@@ -52,7 +52,7 @@ let layer1: [Target] = [
 let layer2: [Target] = [
   module("VMMemory", ["CLinux", "HostSystem"]),
   module("VhostUser", ["CLinux", "HostSystem", "VirtioSpec"]),
-  module("Sandbox", ["CLinux", "CSandbox", "HostSystem"]),
+  module("Sandbox", ["CLinux", "HostSystem"]),
   module("KVM", ["CLinux", "HostSystem"]),
   module("DiskImage", ["CLinux", "HostSystem"]),
   module("ControlProtocol", ["CLinux", "HostSystem", "VirtioSpec"]),
@@ -119,7 +119,7 @@ let testTargets: [Target] = [
   tests("BootTests", ["HostSystem", "VMMemory", "Boot", "TestSupport"]),
   tests("BackendKitTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "TestSupport"]),
   tests("FrontEndTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport", "FrontEnd", "TestSupport"]),
-  tests("SupervisionTests", ["CLinux", "HostSystem", "ControlProtocol", "Supervision", "TestSupport"]),
+  tests("SupervisionTests", ["CLinux", "HostSystem", "Sandbox", "ControlProtocol", "Supervision", "TestSupport"]),
   tests("MachineTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot", "Machine", "TestSupport"]),
   tests(
     "BlockDeviceTests",

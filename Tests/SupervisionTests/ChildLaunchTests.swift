@@ -2,6 +2,7 @@ import Foundation
 import Glibc
 import HostSystem
 import Sandbox
+import Supervision
 import TestSupport
 import Testing
 

@@ -1,5 +1,6 @@
 import CSandbox
 import HostSystem
+import Sandbox
 
 /// The uid and gid of a process of its own.
 package struct ChildIdentity: Hashable, Sendable {
