@@ -1,6 +1,7 @@
 import CLinux
 import Glibc
 import HostSystem
+import Sandbox
 
 /// A back-end program: what it is called, which options it has, and its life from arguments to exit code.
 ///
@@ -79,7 +80,7 @@ public struct BackendProgram: Sendable {
     case .serve: break
     }
     Log.level = launch.logLevel
-    if let title = launch.title { Log.setSpeaker(title) }
+    if let title = launch.title { ProcessWalls.setTitle(title) }
     do {
       return try serve(launch)
     } catch {
