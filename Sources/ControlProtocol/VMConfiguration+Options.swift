@@ -44,7 +44,7 @@ extension VMConfiguration {
       let text = try values.required("size")
       let range = Limits.smallestMemory...Limits.largestMemory
       guard let size = Quantity.byteCount(text), range.contains(size), size % 4096 == 0 else {
-        throw values.bad("size", "a multiple of 4K from 1M to 32T")
+        throw values.bad("size", "a multiple of 4K from 4M to 8T")
       }
       draft.result.memorySize = size
     },

@@ -7,10 +7,10 @@ package struct VMConfiguration: Equatable, Sendable {
   package enum Limits {
     /// xAPIC ids are 8 bits wide and 255 is the broadcast.
     package static let cpus = 254
-    /// Smallest memory in bytes: real-mode area, zero page and a micro guest.
-    package static let smallestMemory: UInt64 = 1 << 20
-    /// Largest memory in bytes: leaves room for device windows in 46 physical address bits.
-    package static let largestMemory: UInt64 = 32 << 40
+    /// Smallest memory in bytes: what lies below 1 MiB, and a small payload.
+    package static let smallestMemory: UInt64 = 4 << 20
+    /// Largest memory in bytes: KVM's memory slots count pages with 31 bits (`KVM_MEM_MAX_NR_PAGES`).
+    package static let largestMemory: UInt64 = 8 << 40
     /// PCI bus 0 has 32 slots; slot 0 is the host bridge, slot 31 is kept for platform functions.
     package static let devices = 30
     /// vhost-user names a queue with 8 bits in its kick and call messages.
@@ -109,6 +109,13 @@ package struct VMConfiguration: Equatable, Sendable {
   }
 
   init() {}
+
+  /// The socket of the external back end that serves the device; nil for devices of our own.
+  package func externalSocket(of id: String) -> String? {
+    for disk in disks { if disk.id == id, case .socket(let path) = disk.source { return path } }
+    for net in nets { if net.id == id, case .socket(let path) = net.source { return path } }
+    return generics.first { $0.id == id }?.socket
+  }
 
   /// Devices that take a PCI slot and a vhost-user session.
   package var deviceCount: Int { disks.count + nets.count + generics.count + (console == .off ? 0 : 1) }

@@ -70,8 +70,9 @@ extension Core {
           }
         case .channelClosed: stopWatchingChannel(device)
         case .lost(let error):
+          // The supervisor tells the person, from the report or the failure that follows.
           device.reason = "\(error)"
-          Log.warning("Device \(device.assignment.id): \(error)")
+          Log.info("Device \(device.assignment.id): \(error)")
           if let number = device.watchedSocket { loop.remove(number: number) }
           device.watchedSocket = nil
           stopWatchingChannel(device)

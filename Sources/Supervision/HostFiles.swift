@@ -74,6 +74,13 @@ enum HostFiles {
     } catch { throw .file(what: "file of \(option)", path: path, error.errno) }
   }
 
+  /// The host's memory in bytes, by /proc/meminfo; nil when that cannot be read.
+  static func totalMemory() -> UInt64? {
+    guard let fd = try? OwnedFD.open("/proc/meminfo", O_RDONLY), let bytes = try? fd.readToEnd(limit: 256) else { return nil }
+    let words = String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self).split(separator: " ")
+    return words.count == 3 ? UInt64(words[1]).map { $0 << 10 } : nil
+  }
+
   static func null() throws(SupervisionError) -> OwnedFD {
     do { return try OwnedFD.open("/dev/null", O_RDWR) } catch { throw .system(error) }
   }

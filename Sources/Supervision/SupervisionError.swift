@@ -40,6 +40,8 @@ package enum SupervisionError: Error, Sendable {
   case launch(String)
   /// A process said no READY in time.
   case notReady(process: String, program: String, milliseconds: UInt32)
+  /// The core was not ready in time, with more memory to set up than the host has.
+  case memoryTooLarge(size: UInt64, host: UInt64, milliseconds: UInt32)
   /// A process ended before its READY.
   case endedEarly(process: String, program: String, end: ProcessEnd)
   /// The core cannot go on.
@@ -58,7 +60,7 @@ package enum SupervisionError: Error, Sendable {
     case .file, .wrongKind, .empty, .tooLarge, .imageInUse, .tapMissing, .tapBusy, .notATap, .tap, .backendSocket,
       .ownSocket:
       .resource
-    case .noKVM, .kvmDenied, .noTun, .pseudoTerminal, .program, .launch, .identities, .system: .host
+    case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .system: .host
     case .notReady, .endedEarly: .device
     case .core(let kind, _):
       switch kind {
@@ -114,6 +116,9 @@ package enum SupervisionError: Error, Sendable {
     case .launch(let sentence): sentence
     case .notReady(let process, let program, let time):
       "\(program) of \(process) was not ready within \(time) ms; look at its messages or raise --deadline ready="
+    case .memoryTooLarge(let size, let host, let time):
+      "Memory of \(Quantity.describe(byteCount: size)) could not be set up within \(time) ms; this host has "
+        + "\(host >> 20)M: lower --memory size= or raise --deadline ready="
     case .endedEarly(_, _, .exited(code: 1)), .endedEarly(_, _, .exited(code: 2)): nil
     case .endedEarly(let process, let program, let end): "\(program) of \(process) \(end) before it was ready"
     case .core(_, let sentence): sentence

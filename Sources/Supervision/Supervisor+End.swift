@@ -61,6 +61,9 @@ extension Supervisor {
       let limit = configuration.deadlines.ready
       for process in processes
       where process.state == .starting && process.startTime.advanced(by: .milliseconds(limit)) <= now {
+        if process === core, let memory = HostFiles.totalMemory(), configuration.memorySize > memory {
+          throw .memoryTooLarge(size: configuration.memorySize, host: memory, milliseconds: limit)
+        }
         throw .notReady(process: process.id, program: process.program, milliseconds: limit)
       }
       if let time = startDeadline, time <= now {

@@ -137,8 +137,26 @@ extension Supervisor {
         say(.warning, "Device \(report.id) is \(report.state.name)\(report.reason.isEmpty ? "" : ": " + report.reason)")
       }
     case .guest(let event): handle(event)
-    case .failed(let kind, let sentence): throw .core(kind, sentence)
+    case .failed(let kind, let sentence): throw .core(kind, explained(kind, sentence))
     }
+  }
+
+  /// The core knows no paths; we add the one that its sentence is about.
+  private func explained(_ kind: CoreMessage.FailureKind, _ sentence: String) -> String {
+    var text = Substring(sentence)
+    if text.last == "." { text.removeLast() }
+    switch kind {
+    case .input where text.hasPrefix("Kernel"): return "'\(configuration.kernel)': \(text)"
+    case .input where text.hasPrefix("Initramfs"): return "'\(configuration.initramfs ?? "")': \(text)"
+    case .device:
+      for assignment in assignments where text.hasPrefix("Device \(assignment.id): ") {
+        guard let path = configuration.externalSocket(of: assignment.id) else { continue }
+        return "Back end of \(assignment.id) at '\(path)': \(text.dropFirst("Device \(assignment.id): ".count)); "
+          + "is it a vhost-user back end of type \(assignment.deviceType)?"
+      }
+    default: break
+    }
+    return String(text)
   }
 
   private func handle(_ event: CoreMessage.GuestEvent) {

@@ -103,12 +103,12 @@ final class FakeCore {
       switch behaviour {
       case "core-hang": return
       case "core-early": exit(3)
-      case "core-input": fail(.input, "Kernel 'x' is truncated: it ends before its own size says")
+      case "core-input": fail(.input, "Kernel file is cut short; copy the file again.")
       case "core-host": fail(.host, "KVM lacks KVM_CAP_IRQFD")
       case "core-late":
         // By now device messages are waiting, which we never read.
         usleep(200_000)
-        fail(.input, "Kernel 'x' has no PVH entry")
+        fail(.input, "Kernel has no PVH entry")
       case "core-garbage":
         _ = UnixSocket.send(socket, [1, 2, 3])
         while true { sleep(60) }
@@ -119,7 +119,7 @@ final class FakeCore {
       report(device, .connecting)
     case .stream: break
     case .start:
-      if behaviour == "core-device" { fail(.device, "Back end of blk0 did not answer GET_FEATURES in 5000 ms") }
+      if behaviour == "core-device" { fail(.device, "Device blk0: The peer did not answer GET_FEATURES within 5000 ms") }
       send(.started, sequence)
       state = .running
       for device in devices { report(device, .active) }

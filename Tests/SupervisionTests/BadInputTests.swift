@@ -38,7 +38,7 @@ struct BadInputTests {
   }
 
   @Test(arguments: [
-    (["--memory", "size=64T"], "Value '64T' does not fit --memory size; it wants a multiple of 4K from 1M to 32T"),
+    (["--memory", "size=64T"], "Value '64T' does not fit --memory size; it wants a multiple of 4K from 4M to 8T"),
     (["--cpus", "boot=100000"], "Value '100000' does not fit --cpus boot; it wants a number from 1 to 254"),
     (["--dsik", "path=a"], "Unknown option --dsik; did you mean --disk?"),
     (["--cpus", "bot=2"], "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot"),
@@ -220,10 +220,10 @@ struct BadInputTests {
   // MARK: What the core and the devices report
 
   @Test(arguments: [
-    ("core-input", 3, "Kernel 'x' is truncated: it ends before its own size says"),
-    ("core-late", 3, "Kernel 'x' has no PVH entry"),
+    ("core-input", 3, "'kernel': Kernel file is cut short; copy the file again"),
+    ("core-late", 3, "'kernel': Kernel has no PVH entry"),
     ("core-host", 4, "KVM lacks KVM_CAP_IRQFD"),
-    ("core-device", 5, "Back end of blk0 did not answer GET_FEATURES in 5000 ms"),
+    ("core-device", 5, "Device blk0: The peer did not answer GET_FEATURES within 5000 ms"),
     ("core-early", 6, "The core process exited with code 3; the VM has ended"),
     ("core-die", 6, "The core process was killed by signal 11; the VM has ended"),
     ("core-garbage", 1, "A control message ends in the middle of a field; are all programs of one version?"),
@@ -233,6 +233,25 @@ struct BadInputTests {
   func failuresAreToldInOneLine(_ name: String, _ code: Int32, _ line: String) throws {
     let home = try Installation()
     expect(home, try home.run("--disk", "path=disk.img", "--control", "ctl", "--name", name), code, line)
+  }
+
+  @Test func failuresOfExternalBackEndsNameTheirSocket() throws {
+    let home = try Installation()
+    let listener = try RunningProgram(
+      "/usr/bin/env",
+      [
+        "python3", "-c",
+        "import socket; s = socket.socket(socket.AF_UNIX); s.bind('be.sock'); s.listen(1); print('up', flush=True); c = s.accept(); "
+          + "import time; time.sleep(30)",
+      ], directory: home.directory)
+    home.waitUntil("a listener") { listener.outputText.contains("up") }
+    let result = try home.run("--disk", "vhost_user=on,socket=be.sock", "--name", "core-device")
+    listener.signal(SIGKILL)
+    _ = listener.wait()
+    unlink(home.directory + "/be.sock")
+    expect(
+      home, result, 5,
+      "Back end of blk0 at 'be.sock': The peer did not answer GET_FEATURES within 5000 ms; is it a vhost-user back end of type block?")
   }
 
   @Test func deviceThatCannotStartSpeaksForItself() throws {
