@@ -63,8 +63,9 @@ package final class Machine: @unchecked Sendable {
   let boot: ProcessorBoot
 
   /// Creates the VM, its memory slots and processors. Interrupt controllers and memory first, as KVM wants it.
+  /// - Parameter cpuid: `kvm.supportedCPUID()` where the caller has it already; asking takes a moment.
   package init(
-    _ configuration: MachineConfiguration, kvm: borrowing System, memory: GuestMemory
+    _ configuration: MachineConfiguration, kvm: borrowing System, cpuid: CPUIDTable? = nil, memory: GuestMemory
   ) throws(MachineError) {
     let count = configuration.processorCount
     do {
@@ -88,7 +89,8 @@ package final class Machine: @unchecked Sendable {
           slot: UInt32(slot), guestAddress: region.guestAddress.rawValue, host: host, byteCount: region.byteCount)
       }
       boot = try ProcessorBoot(
-        kvm: kvm, machine: virtualMachine, processorCount: count, usesX2APIC: needsX2APIC)
+        kvm: kvm, machine: virtualMachine, cpuid: cpuid ?? kvm.supportedCPUID(), processorCount: count,
+        usesX2APIC: needsX2APIC)
       try Kick.installHandler()
       var processors: [Processor] = []
       processors.reserveCapacity(count)

@@ -15,9 +15,9 @@ struct ProcessorBoot: Sendable {
   private static let timeStampCounter: UInt32 = 0x10
 
   init(
-    kvm: borrowing System, machine: borrowing VirtualMachine, processorCount: Int, usesX2APIC: Bool
+    kvm: borrowing System, machine: borrowing VirtualMachine, cpuid: CPUIDTable, processorCount: Int, usesX2APIC: Bool
   ) throws(KVMError) {
-    cpuid = try kvm.supportedCPUID()
+    self.cpuid = cpuid
     msrIndices = try kvm.msrIndexList().filter { $0 != Self.timeStampCounter }
     xsaveByteCount = machine.value(of: .xsave2)
     self.usesX2APIC = usesX2APIC

@@ -23,7 +23,8 @@ final class GuestMachine {
     initramfs initramfsFD: consuming OwnedFD?
   ) throws(CoreError) {
     let system = try Self.system(kvm)
-    let map = try Self.map(system, configuration.memorySize)
+    let cpuid = try Self.cpuid(system)
+    let map = try Self.map(cpuid, configuration.memorySize)
     let kernel = try Self.payload(kernelFD, "Kernel")
     let initramfs: PayloadFile?
     if let fd = initramfsFD { initramfs = try Self.payload(fd, "Initramfs") } else { initramfs = nil }
@@ -43,7 +44,7 @@ final class GuestMachine {
       machine = try Machine(
         MachineConfiguration(
           map: map, processorCount: Int(configuration.cpuCount), hasSerialPort: configuration.hasSerial),
-        kvm: system, memory: ram.memory)
+        kvm: system, cpuid: cpuid, memory: ram.memory)
       sharedMemory = SharedGuestMemory(
         regions: ram.memory.regions.map { ($0.guestAddress.rawValue, $0.byteCount, $0.fileOffset) },
         file: try Self.shared(ram.fd))
@@ -71,10 +72,16 @@ final class GuestMachine {
     do { return try System(adopting: kvm) } catch { throw CoreError(error) }
   }
 
-  private static func map(_ system: borrowing System, _ byteCount: UInt64) throws(CoreError) -> PhysicalMap {
-    let bits: UInt8
-    do { bits = try system.supportedCPUID().physicalAddressBits } catch { throw CoreError(error) }
-    do { return try PhysicalMap(memoryByteCount: byteCount, addressBits: bits) } catch { throw CoreError(error) }
+  private static func cpuid(_ system: borrowing System) throws(CoreError) -> CPUIDTable {
+    do { return try system.supportedCPUID() } catch { throw CoreError(error) }
+  }
+
+  private static func map(_ cpuid: CPUIDTable, _ byteCount: UInt64) throws(CoreError) -> PhysicalMap {
+    do {
+      return try PhysicalMap(memoryByteCount: byteCount, addressBits: cpuid.physicalAddressBits)
+    } catch {
+      throw CoreError(error)
+    }
   }
 
   private static func memory(_ map: PhysicalMap) throws(CoreError) -> MachineMemory {

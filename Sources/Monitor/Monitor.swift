@@ -4,6 +4,7 @@
 // One thread owns the loop and everything registered in it; the processors' threads leave events in the machine and wake
 // the loop. Nothing here waits for a back end: its session is a state machine with deadlines.
 
+import CLinux
 import HostSystem
 import Sandbox
 
@@ -19,6 +20,9 @@ package enum CoreProgram {
       Log.error(error.description)
       return 2
     }
+    // The processors' threads allocate during set-up and next to never afterwards; a heap each would cost memory and
+    // system calls for every processor.
+    clinux_use_one_heap()
     do {
       let socket = try OwnedFD.inherited(parsed.channel)
       try ProcessWalls.raise(title: parsed.title)
