@@ -95,6 +95,11 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
   mutating func enableVring(at index: Int, _ isEnabled: Bool) {
     let ring = rings[index]
     ring.isEnabled = isEnabled
+    if profile.servesDisabledQueues, ring.isWithDevice {
+      device.enabled(queue: index, isEnabled, &context)
+      if profile.kickWaiter == .loop { device.kicked(queue: index, &context) }
+      return
+    }
     do {
       if isEnabled { try handOver(ring) } else { try takeBack(ring) }
     } catch {

@@ -59,11 +59,14 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
 
   /// Gives a started and enabled ring to the device.
   mutating func handOver(_ ring: RingRecord) throws(Refusal) {
-    guard ring.isStarted, ring.isEnabled, !ring.isWithDevice, let queue = ring.queue.take() else { return }
+    guard ring.isStarted, ring.isEnabled || profile.servesDisabledQueues, !ring.isWithDevice,
+      let queue = ring.queue.take()
+    else { return }
     let kickFD = queue.kickFD
     do {
       try device.start(queue, &context)
       ring.isWithDevice = true
+      if profile.servesDisabledQueues { device.enabled(queue: ring.index, ring.isEnabled, &context) }
       guard profile.kickWaiter == .loop else { return }
       // Edges only: every kick is reported, and its counter never has to be read.
       try context.loop.add(number: kickFD, for: [.readable, .edgeTriggered], token: .kick(queue: ring.index))

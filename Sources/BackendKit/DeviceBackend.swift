@@ -19,6 +19,9 @@ public struct DeviceProfile: Sendable {
   /// Virtio features offered to the driver; the bits between front end and back end are added by the kit.
   public var features: FeatureSet
   public var kickWaiter: KickWaiter
+  /// The device takes started queues also while they are disabled, and is told by `enabled(queue:_:_:)`: a network card
+  /// has to consume what is transmitted then. Otherwise it never sees a disabled queue.
+  public var servesDisabledQueues = false
 
   public init(
     device: DeviceID, queueCount: Int, greatestQueueSize: UInt16 = 1024, features: FeatureSet, kickWaiter: KickWaiter = .loop
@@ -56,6 +59,9 @@ public protocol DeviceBackend: ~Copyable {
   /// have been made available before the first kick. With `.loop` the kit calls `kicked` for that.
   mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError)
 
+  /// Only with `servesDisabledQueues`: whether the front end has enabled a queue; called after every `start`, and on changes.
+  mutating func enabled(queue index: Int, _ isEnabled: Bool, _ context: inout BackendContext)
+
   /// Finishes what was taken from the ring, publishes it, and gives the queue back. Nil only for a queue that was
   /// never started.
   mutating func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue?
@@ -78,6 +84,7 @@ extension DeviceBackend where Self: ~Copyable {
   public mutating func prepare(_ context: inout BackendContext) throws(BackendError) {}
   public mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) {}
   public mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool { false }
+  public mutating func enabled(queue index: Int, _ isEnabled: Bool, _ context: inout BackendContext) {}
   public mutating func kicked(queue index: Int, _ context: inout BackendContext) {}
   public mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext) {}
   public mutating func reset(_ context: inout BackendContext) {}

@@ -49,7 +49,9 @@ package final class NetworkCard: DeviceBackend {
     ]
     if identity.mac != nil { features.insert(.netMAC) }
     if identity.mtu != nil { features.insert(.netMTU) }
-    return DeviceProfile(device: .net, queueCount: 2 * pairs.count, features: features)
+    var profile = DeviceProfile(device: .net, queueCount: 2 * pairs.count, features: features)
+    profile.servesDisabledQueues = true
+    return profile
   }
 
   package var configuration: [UInt8] {
@@ -105,6 +107,17 @@ package final class NetworkCard: DeviceBackend {
     if queue.index % 2 == 0 { pair.receive.start(queue) } else { pair.transmit.start(queue) }
   }
 
+  package func enabled(queue index: Int, _ isEnabled: Bool, _ context: inout BackendContext) {
+    let pair = pairs[index / 2]
+    if index % 2 == 0 {
+      pair.receiveIsEnabled = isEnabled
+      if !isEnabled { pair.wantsFrames = false }
+    } else {
+      pair.transmitIsEnabled = isEnabled
+    }
+    watch(index / 2, &context)
+  }
+
   package func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue? {
     let pair = pairs[index / 2]
     if index % 2 == 0 {
@@ -151,7 +164,7 @@ package final class NetworkCard: DeviceBackend {
 
   private func transmit(_ index: Int, _ context: inout BackendContext) {
     let pair = pairs[index]
-    let end = pair.transmit.drain(to: pair.linkIsUp ? pair.port : nil, transmitOffloads)
+    let end = pair.transmit.drain(to: pair.linkIsUp && pair.transmitIsEnabled ? pair.port : nil, transmitOffloads)
     pair.isBlocked = end == .blocked
     if end == .turnOver { again.signal() }
     watch(index, &context)
@@ -159,7 +172,7 @@ package final class NetworkCard: DeviceBackend {
 
   private func receive(_ index: Int, _ context: inout BackendContext) {
     let pair = pairs[index]
-    guard pair.linkIsUp else { return }
+    guard pair.linkIsUp, pair.receiveIsEnabled else { return }
     switch pair.receive.fill(from: pair.port, receiveOffloads) {
     case .drained, .turnOver: pair.wantsFrames = true
     case .starved, .stopped: pair.wantsFrames = false

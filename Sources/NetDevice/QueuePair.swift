@@ -11,6 +11,9 @@ package final class QueuePair {
   var wantsFrames = false
   /// The port took no more; the driver's frames wait for it.
   var isBlocked = false
+  /// Enabled by the front end. A disabled receive queue gets nothing; of a disabled transmit queue everything is dropped.
+  var receiveIsEnabled = false
+  var transmitIsEnabled = false
   /// There is another side.
   package internal(set) var linkIsUp = true
   /// What the loop waits for on the port's behalf; nil while it is not registered.

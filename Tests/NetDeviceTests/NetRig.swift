@@ -9,14 +9,10 @@ import VirtioQueue
 import VirtioSpec
 
 /// Both sides of a card: the program's own code in a thread, a driver at its queues, a peer at its packet socket.
-final class NetRig {
-  let front: TestFrontEnd
-  let receive: TestQueue
-  let transmit: TestQueue
+final class NetRig: DriverSide {
   /// The peer's end of the packet socket.
   let peer: OwnedFD
   private let thread: HostThread
-  private let quit: () -> Void
 
   init(
     size: UInt16 = 128, memory: UInt64 = 64 << 20, arguments: [String] = [],
@@ -30,17 +26,48 @@ final class NetRig {
     thread = try HostThread.start(name: "card", stackSize: 1 << 20) {
       _ = NetProgram.run(["martlet-net", "--fd=\(vhostNumber)", "--packet-fd=\(packetNumber)"] + arguments)
     }
-    front = try TestFrontEnd(vhost.first.duplicate(), memoryByteCount: memory, wanting: wanting)
-    let number = front.frontEnd.socketNumber
-    quit = { shutdown(number, CInt(SHUT_RDWR)) }
+    try super.init(TestFrontEnd(vhost.first.duplicate(), memoryByteCount: memory, wanting: wanting), size: size)
+  }
+
+  deinit {
+    close()
+    thread.join()
+  }
+
+  // MARK: Peer
+
+  func peerSend(_ frame: [UInt8]) throws { try peerSend(NetHeader(), frame) }
+
+  func peerSend(_ header: NetHeader, _ frame: [UInt8]) throws {
+    let packet = DriverSide.bytes(header) + frame
+    let sent = packet.withUnsafeBytes { write(peer.rawValue, $0.baseAddress, $0.count) }
+    checkEqual(sent, packet.count)
+  }
+
+  /// The next packet at the peer; nil when none comes.
+  func peerTake(within limit: Duration = .seconds(5)) throws -> (header: NetHeader, frame: [UInt8])? {
+    guard try peer.waitUntil(.readable, timeout: limit) else { return nil }
+    var packet = [UInt8](repeating: 0, count: 80_000)
+    let count = packet.withUnsafeMutableBytes { read(peer.rawValue, $0.baseAddress, $0.count) }
+    guard count >= 12 else { return nil }
+    return (DriverSide.header(packet), Array(packet[12..<count]))
+  }
+}
+
+/// A driver at the queues of a card.
+class DriverSide {
+  let front: TestFrontEnd
+  let receive: TestQueue
+  let transmit: TestQueue
+
+  init(_ front: TestFrontEnd, size: UInt16 = 128) throws {
+    self.front = front
     receive = try front.startQueue(size: size)
     transmit = try front.startQueue(size: size)
   }
 
-  deinit {
-    quit()
-    thread.join()
-  }
+  /// The front end leaves.
+  func close() { shutdown(front.frontEnd.socketNumber, CInt(SHUT_RDWR)) }
 
   // MARK: Driver
 
@@ -57,7 +84,7 @@ final class NetRig {
   }
 
   func send(_ header: NetHeader, _ frame: [UInt8], pieces: [Int] = [], indirect: Bool = false) throws {
-    try sendRaw(Self.bytes(header) + frame, pieces: pieces, indirect: indirect)
+    try sendRaw(DriverSide.bytes(header) + frame, pieces: pieces, indirect: indirect)
   }
 
   func sendRaw(_ packet: [UInt8], pieces: [Int] = [], indirect: Bool = false) throws {
@@ -109,26 +136,7 @@ final class NetRig {
       }
       count += 1
     }
-    return (Self.header(packet), Array(packet.dropFirst(12)), count)
-  }
-
-  // MARK: Peer
-
-  func peerSend(_ frame: [UInt8]) throws { try peerSend(NetHeader(), frame) }
-
-  func peerSend(_ header: NetHeader, _ frame: [UInt8]) throws {
-    let packet = Self.bytes(header) + frame
-    let sent = packet.withUnsafeBytes { write(peer.rawValue, $0.baseAddress, $0.count) }
-    checkEqual(sent, packet.count)
-  }
-
-  /// The next packet at the peer; nil when none comes.
-  func peerTake(within limit: Duration = .seconds(5)) throws -> (header: NetHeader, frame: [UInt8])? {
-    guard try peer.waitUntil(.readable, timeout: limit) else { return nil }
-    var packet = [UInt8](repeating: 0, count: 80_000)
-    let count = packet.withUnsafeMutableBytes { read(peer.rawValue, $0.baseAddress, $0.count) }
-    guard count >= 12 else { return nil }
-    return (Self.header(packet), Array(packet[12..<count]))
+    return (DriverSide.header(packet), Array(packet.dropFirst(12)), count)
   }
 
   static func bytes(_ header: NetHeader) -> [UInt8] { withUnsafeBytes(of: header) { Array($0) } }

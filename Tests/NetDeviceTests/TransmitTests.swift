@@ -3,6 +3,7 @@ import HostSystem
 import NetDevice
 import TestSupport
 import Testing
+import VhostUser
 import VirtioQueue
 import VirtioSpec
 
@@ -144,5 +145,20 @@ import VirtioSpec
     for _ in 0..<200 { _ = try rig.transmit.nextUsed() }
     // The counter of the call descriptor was taken by `nextUsed`; what is left is at most a batch or two.
     check(rig.transmit.call.drain() <= 4)
+  }
+
+  @Test func aDisabledCardDropsWhatIsTransmittedAndReceivesNothing() throws {
+    let rig = try NetRig()
+    for index: UInt32 in 0...1 { _ = try rig.front.frontEnd.request(.setVringEnable(VringState(index: index, number: 0))) }
+    for _ in 0..<3 { try rig.send(Frames.plain(100)) }
+    check(try rig.peerTake(within: .milliseconds(50)) == nil)
+    try rig.offer([2000])
+    try rig.peerSend(Frames.plain(200))
+    usleep(50_000)
+    checkEqual(rig.receive.driver.nextUsed(), .empty)
+    for index: UInt32 in 0...1 { _ = try rig.front.frontEnd.request(.setVringEnable(VringState(index: index, number: 1))) }
+    checkEqual(try rig.take().frame.count, 200)
+    try rig.send(Frames.plain(100))
+    checkEqual(try rig.peerTake()?.frame.count, 100)
   }
 }
