@@ -1,4 +1,5 @@
 import BackendKit
+import CLinux
 import Glibc
 import HostSystem
 
@@ -63,7 +64,9 @@ package enum ConsoleProgram {
     let second = try launch.descriptor("tty-out-fd")
     do throws(SystemError) {
       switch given[0] {
-      case "tty": return try terminal(0, 1)
+      case "tty":
+        // Copies: 0, 1 and 2 stay what they are, so that no other descriptor gets their numbers.
+        return try .terminal(input: copy(of: 0), output: copy(of: 1))
       case "tty-in-fd": return try terminal(first ?? -1, second ?? -1)
       case "pty":
         let pty = try PseudoTerminal.make()
@@ -79,6 +82,12 @@ package enum ConsoleProgram {
       default: return .null()
       }
     } catch { throw .system(error) }
+  }
+
+  private static func copy(of number: CInt) throws(SystemError) -> OwnedFD {
+    let result = clinux_fcntl(number, F_DUPFD_CLOEXEC, 3)
+    if result < 0 { throw SystemError("use descriptor \(number)", Errno(-result)) }
+    return OwnedFD(owning: result)
   }
 
   /// One number may be given for both directions; the sink wants two descriptors.
