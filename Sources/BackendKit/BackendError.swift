@@ -19,6 +19,14 @@ public enum BackendError: Error, Sendable, CustomStringConvertible {
   case ring(index: Int, why: String)
   case system(SystemError)
 
+  /// Whether other options would help.
+  var isAboutTheCommandLine: Bool {
+    switch self {
+    case .unknownOption, .badOption, .noConnection: true
+    case .device, .frontEnd, .memory, .ring, .system: false
+    }
+  }
+
   public var description: String {
     switch self {
     case .unknownOption(let option, let nearest):

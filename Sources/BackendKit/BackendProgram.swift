@@ -85,7 +85,7 @@ public struct BackendProgram: Sendable {
       return try serve(launch)
     } catch {
       Log.error("\(error)")
-      return 1
+      return error.isAboutTheCommandLine ? 2 : 1
     }
   }
 
@@ -95,6 +95,8 @@ public struct BackendProgram: Sendable {
     _ launch: LaunchArguments, _ makeDevice: (LaunchArguments) throws(BackendError) -> Device
   ) throws(BackendError) -> CInt {
     do {
+      // From here on the arguments are not read again: the title stands in their place.
+      try ProcessWalls.raise(title: launch.title)
       Signals.ignoreBrokenPipes()
       let signals = try Signals.descriptor(for: [SIGTERM, SIGINT])
       let ready = try ReadyPort(launch.readyFD)
@@ -120,9 +122,7 @@ public struct BackendProgram: Sendable {
 
   /// The walls of a back end that are its own to build. Everything after this line runs with what it has.
   private func closeSandbox(_ launch: LaunchArguments) throws(SystemError) {
-    // PR_SET_DUMPABLE 0, PR_SET_NO_NEW_PRIVS 1: other processes of the same user cannot look into this one, and nothing it
-    // could execute gains rights.
-    _ = try checked(clinux_prctl(4, 0, 0, 0, 0), "forbid memory dumps")
+    // PR_SET_NO_NEW_PRIVS: nothing this process could execute gains rights.
     _ = try checked(clinux_prctl(38, 1, 0, 0, 0), "refuse new privileges")
   }
 

@@ -143,6 +143,13 @@ public final class TestFrontEnd {
     _ = try frontEnd.request(.setVringEnable(VringState(index: index, number: 1)))
   }
 
+  /// Sends the kick and call descriptors of a running queue again.
+  public func replaceDescriptors(_ queue: TestQueue) throws {
+    let event = VringEvent(index: UInt8(queue.index), carriesDescriptor: true)
+    _ = try frontEnd.request(.setVringCall(event), descriptors: [queue.call.fd.rawValue])
+    _ = try frontEnd.request(.setVringKick(event), descriptors: [queue.kick.fd.rawValue])
+  }
+
   /// Stops a queue; where it stands.
   public func stop(_ queue: TestQueue) throws -> UInt32 {
     let answer = try frontEnd.request(.getVringBase(VringState(index: UInt32(queue.index), number: 0)))
