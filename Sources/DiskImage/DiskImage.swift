@@ -166,10 +166,19 @@ package final class DiskImage: Sendable {
     }
   }
 
+  /// For one second, 20 ms apart.
+  private static let lockAttempts = 50
+
   /// One writer, or many readers (`F_OFD_SETLK` over the whole file): the lock belongs to the open file, so it is released
   /// exactly when nobody can write any more, in-flight operations included.
   private static func lock(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) {
-    let result = clinux_ofd_lock(fd.rawValue, CInt(options.isReadOnly ? F_RDLCK : F_WRLCK))
+    let kind = CInt(options.isReadOnly ? F_RDLCK : F_WRLCK)
+    var result = clinux_ofd_lock(fd.rawValue, kind)
+    // A process that was killed is gone before the kernel has finished what it had begun, and the lock stays until then.
+    for _ in 0..<lockAttempts where result == -EAGAIN || result == -EACCES {
+      _ = poll(nil, 0, 20)
+      result = clinux_ofd_lock(fd.rawValue, kind)
+    }
     if result == -EAGAIN || result == -EACCES { throw .inUse(name) }
     if result < 0 { Log.warning("\(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
   }
