@@ -17,7 +17,7 @@ private final class FakeHost: DeviceHost {
   init(_ offer: Offer, queues: Int) throws {
     function = try VirtioPCIFunction(
       .init(
-        device: .block, offeredFeatures: offer.features, queueSizes: Array(repeating: 256, count: queues),
+        device: .block, offeredFeatures: offer.features.union(FeatureSet(bit: 10)), queueSizes: Array(repeating: 256, count: queues),
         configuration: offer.configuration ?? [], writableConfiguration: [32..<33, 40..<44]))
     kicks = try (0..<queues).map { _ in SharedDescriptor(try EventFD().fd.duplicate()) }
     vectors = try (0...queues).map { _ in SharedDescriptor(try EventFD().fd.duplicate()) }
@@ -73,13 +73,16 @@ private final class Bench {
   /// Lets everybody work until nothing happens.
   func settle() throws {
     for _ in 0..<100 {
-      if var living = back.take() {
-        try living.receive(now: now, &backDevice)
-        back = consume living
-      }
+      try serveOnce()
       device.receive(now: now)
     }
     while let event = device.nextEvent() { events.append(event) }
+  }
+
+  func serveOnce() throws {
+    guard var living = back.take() else { return }
+    try living.receive(now: now, &backDevice)
+    back = consume living
   }
 
   struct NotReady: Error {}
@@ -190,6 +193,16 @@ private final class Bench {
     #expect(offered.isDisjoint(with: .vhostOnlyMask))
   }
 
+  @Test func aFeatureOfTheCoresOwnIsBetweenGuestAndCore() throws {
+    let bench = try Bench()
+    bench.startDriver(Bench.features.union(FeatureSet(bit: 10)), queues: [0])
+    try bench.settle()
+    #expect(bench.host.status == 15)
+    #expect(bench.device.driverFeatures.contains(FeatureSet(bit: 10)))
+    checkEqual(bench.backDevice.log.first, "features [28, 29, 32]")
+    #expect(bench.device.state == .running)
+  }
+
   // MARK: Configuration
 
   @Test func theGuestReadsACopyThatFollowsTheBackEnd() throws {
@@ -218,6 +231,21 @@ private final class Bench {
     try bench.settle()
     #expect(bench.host.function.readBAR(offset: UInt64(VirtioPCILayout.device + 32), width: 1) == 7)
     #expect(bench.device.state == .running)
+  }
+
+  @Test func aWriteThatCrossesAReadIsNotUndoneByIt() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    bench.back?.notifyConfigurationChange()
+    bench.device.receive(now: bench.now)  // the read is on its way
+    bench.write(VirtioPCILayout.device + 32, 1, 9)
+    for _ in 0..<20 {
+      try bench.serveOnce()
+      bench.device.receive(now: bench.now)
+      #expect(bench.host.function.readBAR(offset: UInt64(VirtioPCILayout.device + 32), width: 1) == 9)
+    }
+    checkEqual(bench.backDevice.log.last, "write 32 [9]")
   }
 
   @Test func aFloodOfWritesIsToldInFewRequests() throws {

@@ -138,6 +138,18 @@ import VirtioSpec
     #expect(more)
   }
 
+  @Test func aRequestWithAReplyOfItsOwnThatFailsClosesEvenWithTheMark() throws {
+    // An acknowledgement in place of the reply would be taken for one.
+    var bench = try BackEndBench()
+    try bench.negotiate()
+    #expect(throws: VhostUserError.self) { try bench.send(.getVringBase(VringState(index: 9, number: 0)), needsReply: true) }
+    var other = try BackEndBench()
+    try other.negotiate()
+    #expect(throws: VhostUserError.self) {
+      try other.send(.getInflightFD(InflightDescription(queueCount: 9, queueSize: 64)), needsReply: true)
+    }
+  }
+
   @Test func whatBreaksTheFramingClosesEvenWithTheMark() throws {
     for vector in try GoldenVector.load() where vector.kind == .frontRequest && vector.refusal != nil {
       guard let refusal = vector.refusal, ["version", "flags", "reply", "unknown", "size", "fds"].contains(refusal) else { continue }
@@ -255,6 +267,21 @@ import VirtioSpec
     let late = try bench.acknowledge(
       .setVringKick(VringEvent(index: 0, carriesDescriptor: true)), descriptors: [kick.fd.rawValue])
     #expect(late == 0)
+  }
+
+  @Test func aSplitRingDoesNotStartFromABaseBeyondItsIndex() throws {
+    var bench = try BackEndBench()
+    try bench.send(.setProtocolFeatures(BackEndOffer.implemented))
+    // Whether the ring is packed is not known yet.
+    let early = try bench.acknowledge(.setVringBase(VringState(index: 0, number: 0x8000_8000)))
+    #expect(early == 0)
+    try bench.negotiate()
+    try bench.send(.setVringNum(VringState(index: 0, number: 64)))
+    try bench.send(.setVringAddr(ringAddress(0)))
+    let kick = try EventFD()
+    let code = try bench.acknowledge(
+      .setVringKick(VringEvent(index: 0, carriesDescriptor: true)), descriptors: [kick.fd.rawValue])
+    #expect(code != nil && code != 0)
   }
 
   @Test func legacyRingsAreNotSpoken() throws {
@@ -414,6 +441,17 @@ import VirtioSpec
     try bench.negotiate()
     try bench.startRing(0, kick: kick)
     checkEqual(bench.device.log.last, "start 0 size 64 base 7")
+  }
+
+  @Test func aResetForgetsACallThatWasNeverHandedOver() throws {
+    var bench = try BackEndBench()
+    try bench.negotiate()
+    let name = "reset-call"
+    let object = try memoryObject(name)
+    try bench.send(.setVringCall(VringEvent(index: 0, carriesDescriptor: true)), descriptors: [object.rawValue])
+    #expect(openDescriptors(of: name) == 2)
+    try bench.send(.resetDevice)
+    #expect(openDescriptors(of: name) == 1)
   }
 
   @Test func resetOwnerOnlyDisables() throws {

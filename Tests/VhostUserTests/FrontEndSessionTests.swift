@@ -380,6 +380,29 @@ import VirtioSpec
     }
   }
 
+  @Test(arguments: [0, 2] as [UInt32])
+  func aBaseOfAnotherRingThanTheOneAskedForIsRefused(index: UInt32) throws {
+    var configuration = standardConfiguration()
+    configuration.configurationByteCount = 0
+    var peer = try ScriptedBackEnd(configuration)
+    let object = try memoryObject("session")
+    var activation = try sampleActivation(rings: 1, object)
+    activation.vrings[0].index = 1
+    peer.front.negotiate(now: peer.now)
+    peer.front.activate(activation, now: peer.now)
+    peer.front.stop(now: peer.now)
+    while let message = try peer.nextOrNil() {
+      switch message {
+      case .getFeatures: peer.answer(.number(guestFeatures.rawValue), to: 1)
+      case .getVringBase: peer.answer(.vringState(VringState(index: index, number: 4)), to: 11)
+      default: break
+      }
+      peer.front.receive(now: peer.now)
+    }
+    let events = peer.events()
+    #expect(events.last == .failed(.invalidValue(field: "ring index of GET_VRING_BASE", value: UInt64(index))))
+  }
+
   // MARK: The back end's channel
 
   private func listening() throws -> SessionBench {
