@@ -74,7 +74,7 @@ struct IOAPIC: Sendable {
     // Software that has no end-of-interrupt register clears the remote flag by a turn to edge trigger.
     if after & Bits.level == 0 { after &= ~Bits.remoteIRR }
     entries[pin] = after
-    let routeBits = ~Bits.readOnly
+    let routeBits = ~(Bits.readOnly | Bits.masked)
     if (before | after) & Bits.level != 0, before & routeBits != after & routeBits { effects.append(.routesChanged) }
     service(pin, effects: &effects)
   }
@@ -135,11 +135,13 @@ struct IOAPIC: Sendable {
     return MSIMessage(guestAddress: address, data: UInt32(truncatingIfNeeded: data))
   }
 
-  /// Routes of the unmasked level-triggered pins, for KVM's end-of-interrupt reports.
+  /// Routes of the level-triggered pins, for KVM's end-of-interrupt reports. Masked pins too: Linux masks the pin of a
+  /// threaded one-shot handler before it ends the interrupt, and would wait for ever for the remote flag to fall. Nothing
+  /// is ever delivered by these routes; `deliver` sends.
   var levelRoutes: [MSIRoute] {
     entries.indices.compactMap { pin in
       let entry = entries[pin]
-      guard entry & Bits.masked == 0, entry & Bits.level != 0 else { return nil }
+      guard entry & Bits.level != 0, entry & 0xFF >= 16 else { return nil }
       return MSIRoute(gsi: UInt32(pin), message: Self.message(entry))
     }
   }
