@@ -29,7 +29,8 @@ extension ConsolePort {
       var transfer = Transfer.wouldBlock
       // SAFETY: the closure says how many bytes of the buffer were filled.
       let bytes = unsafe [UInt8](unsafeUninitializedCapacity: limit) { buffer, count in
-        transfer = unsafe sink.read(into: UnsafeMutableRawBufferPointer(rebasing: UnsafeMutableRawBufferPointer(buffer)[..<limit]), client: client)
+        transfer = unsafe sink.read(
+          into: UnsafeMutableRawBufferPointer(rebasing: UnsafeMutableRawBufferPointer(buffer)[..<limit]), client: client)
         if case .bytes(let read) = transfer { count = read } else { count = 0 }
       }
       switch transfer {

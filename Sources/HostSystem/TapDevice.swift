@@ -90,7 +90,8 @@ public struct TapDevice: ~Copyable, Sendable {
     guard result >= 0 else { throw .notATap(descriptor: number) }
     let name = String(decoding: bytes.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
     let wanted = UInt32(clinux_tun_tap | clinux_tun_no_packet_info | clinux_tun_vnet_header)
-    guard flags & (wanted | 0x0001 /* IFF_TUN */) == wanted else { throw .wrongFlags(name: name, flags: flags) }
+    let iffTun: UInt32 = 0x0001
+    guard flags & (wanted | iffTun) == wanted else { throw .wrongFlags(name: name, flags: flags) }
     do { try fd.setNonBlocking(true) } catch { throw .system(error) }
     try self.init(attached: fd, name: name)
   }

@@ -49,7 +49,11 @@ func available(_ fd: borrowing OwnedFD, limit: Int = 1 << 20) -> [UInt8] {
   var all: [UInt8] = []
   var piece = [UInt8](repeating: 0, count: 65536)
   while all.count < limit, (try? fd.waitUntil(.readable, timeout: .milliseconds(30))) == true {
-    guard case .bytes(let count) = piece.withUnsafeMutableBytes({ fd.read(into: UnsafeMutableRawBufferPointer(rebasing: $0[..<min(65536, limit - all.count)])) }) else { break }
+    guard
+      case .bytes(let count) = piece.withUnsafeMutableBytes({
+        fd.read(into: UnsafeMutableRawBufferPointer(rebasing: $0[..<min(65536, limit - all.count)]))
+      })
+    else { break }
     all += piece[..<count]
   }
   return all

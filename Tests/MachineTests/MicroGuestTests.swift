@@ -4,7 +4,9 @@ import Testing
 
 @Suite("Micro guests on the machine", .serialized)
 struct MicroGuestTests {
-  @Test("A guest starts by each boot protocol, finds its tables and powers off", arguments: ["micro.elf", "micro-unpadded.elf", "micro.bzimage"])
+  @Test(
+    "A guest starts by each boot protocol, finds its tables and powers off",
+    arguments: ["micro.elf", "micro-unpadded.elf", "micro.bzimage"])
   func boots(name: String) throws {
     guard let kernel = try MicroMachine.guest(name) else { return }
     let outcome = try MicroMachine(kernel: kernel, commandLine: "test=boot,exits,memory").run()

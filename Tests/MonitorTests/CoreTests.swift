@@ -120,7 +120,11 @@ struct CoreTests {
     first.hangUp()
     #expect(first.exitCode() == 0)
     let second = try FakeSupervisor()
-    second.send(.configure(CoreConfiguration(name: "x", cpuCount: 1, memorySize: 4096, commandLine: "", hasInitramfs: false, hasSerial: true, restartsOnReset: true, replyDeadline: 1)), [])
+    second.send(
+      .configure(
+        CoreConfiguration(
+          name: "x", cpuCount: 1, memorySize: 4096, commandLine: "", hasInitramfs: false, hasSerial: true, restartsOnReset: true,
+          replyDeadline: 1)), [])
     #expect(second.exitCode() == 1)
   }
 

@@ -151,7 +151,8 @@ struct TapTests {
   @Test func aChecksumTheDriverLeftOpenCountsAsGoodAndAWrongOneDoesNot() throws {
     let rig = try TapRig()
     func datagram(_ text: String) -> [UInt8] {
-      TapRig.frame(17, TapRig.pair(5000) + TapRig.pair(7777) + TapRig.pair(8 + text.utf8.count) + [0, 0] + Array(text.utf8), checksumOffset: 6)
+      TapRig.frame(
+        17, TapRig.pair(5000) + TapRig.pair(7777) + TapRig.pair(8 + text.utf8.count) + [0, 0] + Array(text.utf8), checksumOffset: 6)
     }
     // The sum of the pseudo header alone is wrong as a finished checksum.
     try rig.net.send(NetHeader(), datagram("wrong"))

@@ -78,7 +78,8 @@ private func sample() throws -> GuestMemory {
 
   @Test func memoryThatItsHolderCouldTruncateIsRefusedUnlessAllowed() throws {
     let path = "/tmp/martlet-unsealed-\(UInt64.random(in: 0 ... .max))"
-    let fd = try OwnedFD.open(path, 0o102 /* O_RDWR|O_CREAT */)
+    // O_RDWR and O_CREAT.
+    let fd = try OwnedFD.open(path, 0o102)
     try fd.writeAll([UInt8](repeating: 1, count: 8192))
     unlink(path)
     #expect(throws: MemoryError.self) {
