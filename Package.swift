@@ -78,7 +78,7 @@ let layer5: [Target] = [
   module(
     "Monitor",
     [
-      "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "Sandbox", "ControlProtocol", "VirtioTransport", "Boot",
+      "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "KVM", "Sandbox", "ControlProtocol", "VirtioTransport", "Boot",
       "FrontEnd", "Machine",
     ]),
 ]
