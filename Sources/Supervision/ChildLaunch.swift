@@ -79,27 +79,27 @@ package struct StartedChild: ~Copyable, Sendable {
   /// Readable when exec has succeeded or a step has failed.
   package let report: OwnedFD
 
-  package enum Outcome: Equatable, Sendable {
-    case pending
-    case executed
-    case failed(Stage, Errno)
-  }
-
   /// Looks at the report pipe without waiting.
-  package borrowing func poll() -> Outcome {
+  package borrowing func poll() -> LaunchOutcome { LaunchOutcome(reading: report) }
+}
+
+/// How far a new process has come.
+package enum LaunchOutcome: Equatable, Sendable {
+  case pending
+  case executed
+  case failed(Stage, Errno)
+
+  init(reading report: borrowing OwnedFD) {
     var raw = csandbox_report()
     // SAFETY: the buffer is `raw` itself.
     let transfer = unsafe withUnsafeMutableBytes(of: &raw) { bytes in unsafe report.read(into: bytes) }
     switch transfer {
-    case .end: return .executed
-    case .wouldBlock: return .pending
+    case .end: self = .executed
+    case .wouldBlock: self = .pending
     case .bytes(let count) where count == MemoryLayout<csandbox_report>.size:
-      return .failed(Stage(rawValue: raw.step) ?? .exec, Errno(raw.error))
-    case .bytes: return .failed(.exec, .inputOutput)
-    case .failed(let error): return .failed(.exec, error)
+      self = .failed(Stage(rawValue: raw.step) ?? .exec, Errno(raw.error))
+    case .bytes: self = .failed(.exec, .inputOutput)
+    case .failed(let error): self = .failed(.exec, error)
     }
   }
-
-  /// Keeps the process and closes the pipe.
-  package consuming func intoProcess() -> ProcessHandle { process }
 }

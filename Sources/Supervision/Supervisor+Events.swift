@@ -39,7 +39,12 @@ extension Supervisor {
     case .failed(let stage, let errno):
       throw .launch("Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)")
     }
-    loop.remove(number: process.reportNumber)
+    dropReport(process)
+  }
+
+  private func dropReport(_ process: VMProcess) {
+    if let number = process.reportNumber { loop.remove(number: number) }
+    process.closeReport()
   }
 
   private func handleReady(_ index: Int) throws(SupervisionError) {
@@ -67,7 +72,7 @@ extension Supervisor {
     if case .starting = process.state, case .failed = process.launchOutcome() { try handleLaunchReport(index) }
     guard let end = process.collect() else { return }
     loop.remove(number: process.endNumber)
-    loop.remove(number: process.reportNumber)
+    dropReport(process)
     switch phase {
     case .starting:
       if index == coreIndex {

@@ -129,7 +129,7 @@ extension Supervisor {
       readyPipe: readyPipe, startTime: .now)
     let index = processes.count
     processes.append(process)
-    try watch(process.reportNumber, .launchReport(index))
+    if let number = process.reportNumber { try watch(number, .launchReport(index)) }
     try watch(process.endNumber, .processEnd(index))
     if let number = process.readyNumber { try watch(number, .ready(index)) }
   }

@@ -11,6 +11,8 @@ extension Supervisor {
       Log.error(error.message)
       return .usage
     }
+    // Descriptors inherited from an unknown parent stay open here: some parents notice our end by one. No process of the
+    // VM gets them.
     ProcessWalls.setTitle("vm/\(configuration.name)/supervisor")
     Log.setSpeaker("martlet")
     do throws(SupervisionError) { return try Supervisor(configuration).run() } catch {

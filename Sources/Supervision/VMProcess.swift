@@ -20,7 +20,9 @@ final class VMProcess {
   private(set) var state = State.starting
   let startTime: MonotonicTime
 
-  private let child: StartedChild
+  private let process: ProcessHandle
+  /// Until exec has succeeded.
+  private var report: OwnedFD?
   /// Reading end of the ready pipe; nil for the core, which says it on its channel.
   private var readyPipe: OwnedFD?
   private var readyText: [UInt8] = []
@@ -34,15 +36,21 @@ final class VMProcess {
     self.identity = identity
     self.isOnTerminal = isOnTerminal
     processID = child.process.processID
-    self.child = child
+    process = child.process
+    report = consume child.report
     self.readyPipe = readyPipe
     self.startTime = startTime
   }
 
   var isAlive: Bool { if case .ended = state { false } else { true } }
 
-  var endNumber: CInt { child.process.fd.rawValue }
-  var reportNumber: CInt { child.report.rawValue }
+  var endNumber: CInt { process.fd.rawValue }
+  var reportNumber: CInt? {
+    switch report {
+    case .some(let pipe): pipe.rawValue
+    case .none: nil
+    }
+  }
   var readyNumber: CInt? {
     switch readyPipe {
     case .some(let pipe): pipe.rawValue
@@ -50,7 +58,14 @@ final class VMProcess {
     }
   }
 
-  func launchOutcome() -> StartedChild.Outcome { child.poll() }
+  func launchOutcome() -> LaunchOutcome {
+    switch report {
+    case .some(let pipe): LaunchOutcome(reading: pipe)
+    case .none: .executed
+    }
+  }
+
+  func closeReport() { _ = report.take() }
 
   /// Reads the ready pipe. True once the whole word has come.
   func takeReadyWord() -> Bool {
@@ -73,17 +88,17 @@ final class VMProcess {
 
   /// Collects it if it has ended.
   func collect() -> ProcessEnd? {
-    guard isAlive, let end = child.process.collect() else { return nil }
+    guard isAlive, let end = process.collect() else { return nil }
     state = .ended(end)
     return end
   }
 
-  func signal(_ number: CInt) { if isAlive { child.process.signal(number) } }
+  func signal(_ number: CInt) { if isAlive { process.signal(number) } }
 
   /// Kills and collects it.
   func kill() {
     guard isAlive else { return }
-    child.process.signal(SIGKILL)
-    if let end = child.process.waitForEnd() { state = .ended(end) }
+    process.signal(SIGKILL)
+    if let end = process.waitForEnd() { state = .ended(end) }
   }
 }
