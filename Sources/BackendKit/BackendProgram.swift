@@ -80,7 +80,11 @@ public struct BackendProgram: Sendable {
     case .serve: break
     }
     Log.level = launch.logLevel
-    if let title = launch.title { ProcessWalls.setTitle(title) }
+    // Whatever the program does. From here on the arguments are not read again: the title stands in their place.
+    do { try ProcessWalls.raise(title: launch.title) } catch {
+      Log.error(error.message)
+      return 1
+    }
     do {
       return try serve(launch)
     } catch {
@@ -95,8 +99,6 @@ public struct BackendProgram: Sendable {
     _ launch: LaunchArguments, _ makeDevice: (LaunchArguments) throws(BackendError) -> Device
   ) throws(BackendError) -> CInt {
     do {
-      // From here on the arguments are not read again: the title stands in their place.
-      try ProcessWalls.raise(title: launch.title)
       Signals.ignoreBrokenPipes()
       let signals = try Signals.descriptor(for: [SIGTERM, SIGINT])
       let ready = try ReadyPort(launch.readyFD)
