@@ -47,9 +47,14 @@ public struct EventFD: ~Copyable, Sendable {
   /// Whether the counter is above zero, without changing it.
   public borrowing func isSignalledNow() -> Bool { isSignalled }
 
-  private var isSignalled: Bool {
-    var entry = pollfd(fd: fd.rawValue, events: Int16(POLLIN), revents: 0)
+  /// Whether a signal could be added without waiting: for events whose description a distrusted peer shares.
+  public borrowing func hasRoomNow() -> Bool { isReady(Int16(POLLOUT)) }
+
+  private var isSignalled: Bool { isReady(Int16(POLLIN)) }
+
+  private borrowing func isReady(_ events: Int16) -> Bool {
+    var entry = pollfd(fd: fd.rawValue, events: events, revents: 0)
     // SAFETY: one pollfd, alive for the call.
-    return unsafe poll(&entry, 1, 0) > 0 && entry.revents & Int16(POLLIN) != 0
+    return unsafe poll(&entry, 1, 0) > 0 && entry.revents & events != 0
   }
 }

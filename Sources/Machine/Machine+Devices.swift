@@ -110,7 +110,10 @@ extension Machine {
       for slot in devices.virtio {
         devices.apply(slot.function.powerOnReset(), to: slot, self)
         // What was pending belongs to the previous guest.
-        for vector in slot.vectors { vector.shared.event.drain() }
+        for index in slot.vectors.indices {
+          slot.vectors[index].shared.event.drain()
+          slot.vectors[index].ownIsPending = false
+        }
       }
       devices.vectorRoutes.removeAll()
       devices.setRoutes(self)

@@ -59,7 +59,7 @@ package final class Machine: @unchecked Sendable {
   /// Signalled when `takeEvents` has something, or the serial port has output.
   package let wakeUp: EventFD
   private let eventLock = Gate()
-  private var events: [MachineEvent] = []
+  private var events = MachineEventQueue()
   let boot: ProcessorBoot
 
   /// Creates the VM, its memory slots and processors. Interrupt controllers and memory first, as KVM wants it.
@@ -131,11 +131,7 @@ package final class Machine: @unchecked Sendable {
 
   /// Takes all events in order of their happening.
   package func takeEvents() -> [MachineEvent] {
-    eventLock.withLock {
-      let taken = events
-      events.removeAll(keepingCapacity: true)
-      return taken
-    }
+    eventLock.withLock { events.takeAll() }
   }
 
   // MARK: platform

@@ -21,6 +21,9 @@ final class VirtioSlot {
     var interrupt: UInt32?
     /// KVM injects when the event is signalled.
     var isAssigned = false
+    /// An interrupt of the core's own (configuration change) that came while masked. The core never writes the event
+    /// itself: a back end shares it, and could have made it full and blocking.
+    var ownIsPending = false
   }
 
   let index: Int
@@ -51,7 +54,7 @@ final class VirtioSlot {
 
   /// Whether a masked vector has an event waiting.
   func isSignalled(_ vector: Int) -> Bool {
-    vector < vectors.count && vectors[vector].shared.event.isSignalledNow()
+    vector < vectors.count && (vectors[vector].ownIsPending || vectors[vector].shared.event.isSignalledNow())
   }
 }
 
@@ -73,9 +76,9 @@ extension Devices {
         }
       case .notify(let queue):
         // A doorbell that KVM does not watch, or one whose registration the guest made impossible.
-        if queue < slot.kicks.count { slot.kicks[queue].event.signal() }
-      case .signal(let vector):
-        if vector < slot.vectors.count { slot.vectors[vector].shared.event.signal() }
+        // A counter that is full already says it, and writing to it could block where the back end made it so.
+        if queue < slot.kicks.count, slot.kicks[queue].event.hasRoomNow() { slot.kicks[queue].event.signal() }
+      case .signal(let vector): interrupt(slot, vector, machine)
       case .activate, .reset, .queueReset, .queueEnabled, .queueVectorChanged, .configurationWritten:
         machine.post(.device(slot.index, effect))
       }
@@ -121,6 +124,16 @@ extension Devices {
 
   // MARK: vectors
 
+  /// An interrupt of the core's own: sent now, or remembered while the vector is masked.
+  private func interrupt(_ slot: VirtioSlot, _ vector: Int, _ machine: Machine) {
+    guard vector < slot.vectors.count else { return }
+    guard slot.vectors[vector].isAssigned, let number = slot.vectors[vector].interrupt, let message = vectorRoutes[number] else {
+      slot.vectors[vector].ownIsPending = true
+      return
+    }
+    _ = try? machine.virtualMachine.signal(message)
+  }
+
   /// Puts the vector's message into the routes; true when the table changed.
   private func route(_ slot: VirtioSlot, _ vector: Int, _ message: InterruptMessage, _ machine: Machine) -> Bool {
     let interrupt: UInt32
@@ -153,6 +166,10 @@ extension Devices {
       slot.vectors[vector].isAssigned = true
     } catch {
       machine.warn("Interrupt of device \(slot.index)", error)
+    }
+    if slot.vectors[vector].ownIsPending {
+      slot.vectors[vector].ownIsPending = false
+      self.interrupt(slot, vector, machine)
     }
   }
 
