@@ -75,6 +75,7 @@ let layer5: [Target] = [
   module("BlockDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "DiskImage", "BackendKit"]),
   module("NetDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
   module("ConsoleDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
+  module("Probe", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol"]),
   module(
     "Monitor",
     [
@@ -90,6 +91,7 @@ let programs: [Target] = [
   program("martlet-block", ["HostSystem", "BlockDevice"]),
   program("martlet-net", ["HostSystem", "NetDevice"]),
   program("martlet-console", ["HostSystem", "ConsoleDevice"]),
+  program("martlet-probe", ["Probe"]),
 ]
 
 let everything = [
@@ -130,6 +132,9 @@ let testTargets: [Target] = [
   tests(
     "ConsoleDeviceTests",
     ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "ConsoleDevice", "TestSupport"]),
+  tests(
+    "ProbeTests",
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
   tests("MonitorTests", everything + ["TestSupport"]),
   tests("ConformanceTests", everything + ["TestSupport"]),
   tests("IsolationTests", everything + ["TestSupport"]),

@@ -1,0 +1,21 @@
+// What a tool needs to run another program beside itself and to measure it.
+#ifndef CLINUX_PROCESS_H
+#define CLINUX_PROCESS_H
+
+#include <stdint.h>
+
+// fork and execvp in a process group of its own, tied to the calling thread: SIGKILL when that ends (PR_SET_PDEATHSIG).
+// Standard input is /dev/null, `output` becomes standard output and error, `extra` becomes descriptor 3 (-1: none); all
+// else that is not close-on-exec stays. `processor` -1 leaves the affinity alone. The pid, or -errno of the failed exec.
+int clinux_spawn_tied(char *const arguments[], int output, int extra, int processor);
+// sched_setaffinity(0): the calling thread on one processor.
+int clinux_pin(int processor);
+// CPU time of a process with all its threads in nanoseconds (clock_getcpuclockid); 0 or -errno.
+int clinux_cpu_time(int process, uint64_t *nanoseconds);
+// ptrace(2) and waitpid(2) with __WALL | __WNOTHREAD.
+int clinux_ptrace(int request, int thread, unsigned long address, unsigned long data);
+int clinux_wait_thread(int thread, int *status, int blocking);
+// The time stamp counter.
+static inline uint64_t clinux_cycles(void) { return __builtin_ia32_rdtsc(); }
+
+#endif

@@ -1,0 +1,84 @@
+#define _GNU_SOURCE
+#include "clinux_process.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static void become(char *const arguments[], int output, int extra, int processor, pid_t parent, int report) {
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, NULL);
+  signal(SIGPIPE, SIG_DFL);
+  setpgid(0, 0);
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (getppid() != parent) _exit(127);
+  int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  // `report` must not be where `extra` goes.
+  int kept = fcntl(report, F_DUPFD_CLOEXEC, 10);
+  if (null >= 0) dup2(null, 0);
+  dup2(output, 1);
+  dup2(output, 2);
+  // Last, as it may cover one of the others.
+  if (extra >= 0 && extra != 3) dup2(extra, 3);
+  if (extra == 3) fcntl(3, F_SETFD, 0);
+  if (processor >= 0) clinux_pin(processor);
+  execvp(arguments[0], arguments);
+  int error = errno;
+  if (write(kept, &error, sizeof error) < 0) _exit(126);
+  _exit(127);
+}
+
+int clinux_spawn_tied(char *const arguments[], int output, int extra, int processor) {
+  int report[2];
+  if (pipe2(report, O_CLOEXEC) < 0) return -errno;
+  pid_t parent = getpid();
+  pid_t child = fork();
+  if (child == 0) become(arguments, output, extra, processor, parent, report[1]);
+  int error = child < 0 ? errno : 0;
+  close(report[1]);
+  if (child > 0) {
+    int cause = 0;
+    if (read(report[0], &cause, sizeof cause) == sizeof cause) {
+      error = cause;
+      waitpid(child, NULL, 0);
+    }
+  }
+  close(report[0]);
+  return error ? -error : child;
+}
+
+int clinux_pin(int processor) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (processor < 0 || processor >= CPU_SETSIZE) return -EINVAL;
+  CPU_SET(processor, &set);
+  return sched_setaffinity(0, sizeof set, &set) < 0 ? -errno : 0;
+}
+
+int clinux_cpu_time(int process, uint64_t *nanoseconds) {
+  clockid_t clock;
+  struct timespec time;
+  int error = clock_getcpuclockid(process, &clock);
+  if (error) return -error;
+  if (clock_gettime(clock, &time) < 0) return -errno;
+  *nanoseconds = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+  return 0;
+}
+
+int clinux_ptrace(int request, int thread, unsigned long address, unsigned long data) {
+  long result = ptrace((enum __ptrace_request)request, thread, address, data);
+  return result < 0 ? -errno : (int)result;
+}
+
+int clinux_wait_thread(int thread, int *status, int blocking) {
+  int result = waitpid(thread, status, __WALL | __WNOTHREAD | (blocking ? 0 : WNOHANG));
+  return result < 0 ? -errno : result;
+}

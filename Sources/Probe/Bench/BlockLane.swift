@@ -1,0 +1,380 @@
+import CLinux
+import Glibc
+import HostSystem
+import VMMemory
+import VirtioQueue
+import VirtioSpec
+
+/// What a lane shares with the thread that watches it: single 64-bit words in memory of their own, so that reading them
+/// costs the lane nothing.
+@safe
+final class LaneWords: @unchecked Sendable {
+  // @unchecked: every access is a single relaxed load or store.
+  enum Word: Int {
+    /// Requests completed since the lane began.
+    case completed = 0
+    /// 0 warm up, 1 measure, 2 stop.
+    case phase
+  }
+  private let words: UnsafeMutableRawPointer
+
+  init() {
+    unsafe words = .allocate(byteCount: 128, alignment: 64)
+    unsafe words.initializeMemory(as: UInt8.self, repeating: 0, count: 128)
+  }
+
+  deinit { unsafe words.deallocate() }
+
+  // SAFETY (both): the index is below sixteen words.
+  @inline(__always)
+  func load(_ word: Word) -> UInt64 { unsafe clinux_load_relaxed_u64(words + 8 * word.rawValue) }
+  @inline(__always)
+  func store(_ word: Word, _ value: UInt64) { unsafe clinux_store_relaxed_u64(words + 8 * word.rawValue, value) }
+}
+
+/// What a lane counted while it was measured.
+struct LaneCounts: Sendable {
+  var reads: UInt64 = 0
+  var writes: UInt64 = 0
+  var flushes: UInt64 = 0
+  var errors: UInt64 = 0
+  var kicks: UInt64 = 0
+  var calls: UInt64 = 0
+  /// System calls of the tool's own.
+  var systemCalls: UInt64 = 0
+
+  var requests: UInt64 { reads + writes + flushes }
+
+  static func + (a: LaneCounts, b: LaneCounts) -> LaneCounts {
+    LaneCounts(
+      reads: a.reads + b.reads, writes: a.writes + b.writes, flushes: a.flushes + b.flushes, errors: a.errors + b.errors,
+      kicks: a.kicks + b.kicks, calls: a.calls + b.calls, systemCalls: a.systemCalls + b.systemCalls)
+  }
+}
+
+/// One queue under load: `depth` requests in flight, each with a slot of header, data and status of its own. Nothing
+/// allocates and no pointer is looked up between a completion and the request that replaces it.
+@safe
+struct BlockLane: ~Copyable, @unchecked Sendable {
+  // @unchecked: handed to one thread, which is the only one to touch it.
+
+  var ring: ProbeRing
+  let job: BlockJob
+  let words: LaneWords
+  private let rate: CycleRate
+
+  /// Guest addresses of slot n are start + n * stride.
+  private let headers: GuestAddress
+  private let statuses: GuestAddress
+  private let data: GuestAddress
+  /// The same memory as pointers, checked once for its whole extent.
+  private let headerPointer: UnsafeMutableRawPointer
+  private let statusPointer: UnsafeMutableRawPointer
+
+  private let slotOfHead: UnsafeMutablePointer<UInt16>
+  private let freeSlots: UnsafeMutablePointer<UInt16>
+  private var freeCount: Int
+  /// Per slot: when it was made available, and what it is.
+  private let startCycles: UnsafeMutablePointer<UInt64>
+  private let kinds: UnsafeMutablePointer<UInt8>
+
+  private var random: UInt64
+  private var cursor: UInt64 = 0
+  private let blockCount: UInt64
+  private let firstSector: UInt64
+  private let sectorsPerBlock: UInt64
+  private var writesSinceFlush = 0
+  private var completed: UInt64 = 0
+  private(set) var isBroken = false
+
+  // Reads and writes apart, as fio tells them.
+  var counts = LaneCounts()
+  var readLatency = LatencyHistogram()
+  var writeLatency = LatencyHistogram()
+  private var isMeasured = false
+  /// Of the requests a second that this lane may make.
+  private let cyclesPerRequest: Double
+  private var issued: UInt64 = 0
+  private var firstCycle: UInt64 = 0
+
+  /// Where a lane's slots lie, checked.
+  @unsafe
+  private struct Places {
+    var headers: GuestAddress
+    var statuses: GuestAddress
+    var data: GuestAddress
+    var headerPointer: UnsafeMutableRawPointer
+    var statusPointer: UnsafeMutableRawPointer
+    var blockCount: UInt64
+  }
+
+  static func make(_ ring: consuming ProbeRing, _ job: BlockJob, capacity: UInt64, rate: CycleRate) throws(ProbeError) -> BlockLane {
+    let places = unsafe try Self.places(ring.arena, job, capacity)
+    return unsafe BlockLane(ring, job, places, rate)
+  }
+
+  private static func places(_ arena: Arena, _ job: BlockJob, _ capacity: UInt64) throws(ProbeError) -> Places {
+    let depth = job.depth
+    let headers = try arena.allocate(16 * depth)
+    let statuses = try arena.allocate(64 * depth)
+    let data = try arena.allocate(Int(job.blockSize) * depth, alignment: 4096)
+    guard let headerPointer = unsafe arena.memory.translate(headers, byteCount: UInt64(16 * depth)),
+      let statusPointer = unsafe arena.memory.translate(statuses, byteCount: UInt64(64 * depth))
+    else { throw .unsuitable("The probe's own memory is cut through a request; use one region") }
+    let bytes = capacity * 512
+    guard job.offset < bytes else { throw .unsuitable("The disk has \(bytes) bytes, and --offset lies beyond them") }
+    let span = min(job.size ?? (bytes - job.offset), bytes - job.offset)
+    let blockCount = span / UInt64(job.blockSize)
+    guard blockCount > 0 else {
+      throw .unsuitable("The working set of \(span) bytes is smaller than one block of \(job.blockSize)")
+    }
+    return unsafe Places(
+      headers: headers, statuses: statuses, data: data, headerPointer: headerPointer, statusPointer: statusPointer,
+      blockCount: blockCount)
+  }
+
+  private init(_ ring: consuming ProbeRing, _ job: BlockJob, _ places: Places, _ rate: CycleRate) {
+    let depth = job.depth
+    blockCount = unsafe places.blockCount
+    self.job = job
+    self.rate = rate
+    words = LaneWords()
+    headers = unsafe places.headers
+    statuses = unsafe places.statuses
+    data = unsafe places.data
+    unsafe headerPointer = places.headerPointer
+    unsafe statusPointer = places.statusPointer
+    unsafe slotOfHead = .allocate(capacity: 32768)
+    unsafe slotOfHead.initialize(repeating: 0, count: 32768)
+    unsafe freeSlots = .allocate(capacity: depth)
+    for slot in 0..<depth { unsafe (freeSlots + slot).initialize(to: UInt16(depth - 1 - slot)) }
+    freeCount = depth
+    unsafe startCycles = .allocate(capacity: depth)
+    unsafe startCycles.initialize(repeating: 0, count: depth)
+    unsafe kinds = .allocate(capacity: depth)
+    unsafe kinds.initialize(repeating: 0, count: depth)
+    firstSector = job.offset / 512
+    sectorsPerBlock = UInt64(job.blockSize) / 512
+    random = (job.seed &+ UInt64(ring.index) &+ 1) &* 0x9E37_79B9_7F4A_7C15
+    cursor = blockCount / UInt64(max(1, job.queueCount)) * UInt64(ring.index % max(1, job.queueCount)) % blockCount
+    cyclesPerRequest = job.rate.map { rate.cyclesPerSecond * Double(job.queueCount) / Double($0) } ?? 0
+    self.ring = ring
+  }
+
+  deinit {
+    unsafe slotOfHead.deallocate()
+    unsafe freeSlots.deallocate()
+    unsafe startCycles.deallocate()
+    unsafe kinds.deallocate()
+  }
+
+  var inFlight: Int { job.depth - freeCount }
+
+  private static let kindRead: UInt8 = 0
+  private static let kindWrite: UInt8 = 1
+  private static let kindFlush: UInt8 = 2
+
+  /// Takes what is done, offers new requests, kicks if asked to. True when anything moved.
+  mutating func turn() -> Bool {
+    let phase = words.load(.phase)
+    if phase == 1, !isMeasured {
+      isMeasured = true
+      counts = LaneCounts()
+    }
+    let moved = takeUsed()
+    guard phase < 2 else {
+      isMeasured = false
+      return moved
+    }
+    return refill() || moved
+  }
+
+  @inline(__always)
+  private mutating func takeUsed() -> Bool {
+    var taken = 0
+    var now: UInt64 = 0
+    // Bounded: no more than `depth` requests are outstanding.
+    while taken <= job.depth {
+      switch ring.queue.nextUsed() {
+      case .used(let head, _):
+        if taken == 0 { now = clinux_cycles() }
+        taken += 1
+        // SAFETY: heads are below 32768, slots below depth.
+        let slot = unsafe Int(slotOfHead[Int(head)])
+        unsafe finish(slot, now &- startCycles[slot])
+        unsafe freeSlots[freeCount] = UInt16(truncatingIfNeeded: slot)
+        freeCount += 1
+      case .empty:
+        if taken > 0 {
+          completed &+= UInt64(taken)
+          words.store(.completed, completed)
+        }
+        return taken > 0
+      case .broken:
+        isBroken = true
+        return false
+      }
+    }
+    return true
+  }
+
+  @inline(__always)
+  private mutating func finish(_ slot: Int, _ cycles: UInt64) {
+    // SAFETY: slot < depth.
+    let status = unsafe clinux_load_relaxed_u8(statusPointer + 64 * slot)
+    guard isMeasured else { return }
+    if status != 0 { counts.errors &+= 1 }
+    let nanoseconds = rate.nanoseconds(cycles)
+    switch unsafe kinds[slot] {
+    case Self.kindRead:
+      counts.reads &+= 1
+      readLatency.record(nanoseconds)
+    case Self.kindWrite:
+      counts.writes &+= 1
+      writeLatency.record(nanoseconds)
+    default:
+      counts.flushes &+= 1
+      writeLatency.record(nanoseconds)
+    }
+  }
+
+  @inline(__always)
+  private mutating func refill() -> Bool {
+    guard freeCount > 0 else { return false }
+    let now = clinux_cycles()
+    var limit = freeCount
+    if cyclesPerRequest > 0 {
+      if firstCycle == 0 { firstCycle = now }
+      let due = UInt64(Double(now &- firstCycle) / cyclesPerRequest) &+ 1
+      limit = Int(min(UInt64(limit), due &- min(due, issued)))
+      issued &+= UInt64(limit)
+      if limit == 0 { return false }
+    }
+    for _ in 0..<limit {
+      freeCount -= 1
+      // SAFETY: freeCount was above zero; slots are below depth.
+      let slot = unsafe Int(freeSlots[freeCount])
+      unsafe startCycles[slot] = now
+      guard offer(slot) else {
+        freeCount += 1
+        break
+      }
+    }
+    if ring.queue.publish() {
+      ring.kick.signal()
+      if isMeasured {
+        counts.kicks &+= 1
+        counts.systemCalls &+= 1
+      }
+    }
+    return true
+  }
+
+  @inline(__always)
+  private mutating func offer(_ slot: Int) -> Bool {
+    let kind = nextKind()
+    let type: UInt32 = kind == Self.kindRead ? 0 : kind == Self.kindWrite ? 1 : 4
+    let sector = kind == Self.kindFlush ? 0 : firstSector &+ nextBlock() &* sectorsPerBlock
+    let offset = UInt64(slot)
+    // SAFETY: slot < depth, for which headers and statuses were checked.
+    unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot, UInt64(type))
+    unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot + 8, sector)
+    unsafe clinux_store_relaxed_u8(statusPointer + 64 * slot, 0xFF)
+    unsafe kinds[slot] = kind
+    let header = DriverBuffer(GuestAddress(headers.rawValue &+ 16 &* offset), 16, isDeviceWritable: false)
+    let status = DriverBuffer(GuestAddress(statuses.rawValue &+ 64 &* offset), 1, isDeviceWritable: true)
+    let head: UInt16?
+    if kind == Self.kindFlush {
+      let buffers: InlineArray<2, DriverBuffer> = [header, status]
+      head = ring.queue.add(buffers.span)
+    } else {
+      let body = DriverBuffer(
+        GuestAddress(data.rawValue &+ UInt64(job.blockSize) &* offset), job.blockSize, isDeviceWritable: kind == Self.kindRead)
+      let buffers: InlineArray<3, DriverBuffer> = [header, body, status]
+      head = ring.queue.add(buffers.span)
+    }
+    guard let head else { return false }
+    unsafe slotOfHead[Int(head)] = UInt16(truncatingIfNeeded: slot)
+    return true
+  }
+
+  @inline(__always)
+  private mutating func nextRandom() -> UInt64 {
+    random ^= random << 13
+    random ^= random >> 7
+    random ^= random << 17
+    return random
+  }
+
+  @inline(__always)
+  private mutating func nextKind() -> UInt8 {
+    switch job.pattern {
+    case .read, .randread: return Self.kindRead
+    case .flush: return Self.kindFlush
+    default: break
+    }
+    if job.flushEvery > 0, writesSinceFlush >= job.flushEvery {
+      writesSinceFlush = 0
+      return Self.kindFlush
+    }
+    if job.pattern == .write || job.pattern == .randwrite || Int(nextRandom() >> 33) % 100 >= job.readShare {
+      writesSinceFlush += 1
+      return Self.kindWrite
+    }
+    return Self.kindRead
+  }
+
+  @inline(__always)
+  private mutating func nextBlock() -> UInt64 {
+    if job.pattern.isRandom { return nextRandom().multipliedFullWidth(by: blockCount).high }
+    let block = cursor
+    cursor = cursor &+ 1 == blockCount ? 0 : cursor &+ 1
+    return block
+  }
+
+  // MARK: Sleeping
+
+  /// Asks for a call; true when there is something to do already.
+  mutating func prepareToSleep() -> Bool { ring.queue.enableCalls() }
+
+  /// After a wait: takes the call's count.
+  mutating func awake() {
+    let count = ring.call.drain()
+    ring.queue.disableCalls()
+    if isMeasured {
+      counts.calls &+= count
+      counts.systemCalls &+= 2
+    }
+  }
+
+  /// Whether requests wait only for their time.
+  var waitsForRate: Bool { cyclesPerRequest > 0 && freeCount > 0 }
+}
+
+/// How fast the time stamp counter runs, measured against the clock.
+struct CycleRate: Sendable {
+  let cyclesPerSecond: Double
+  /// Nanoseconds per cycle in 2^-32.
+  private let scale: UInt64
+
+  init(cyclesPerSecond: Double) {
+    self.cyclesPerSecond = cyclesPerSecond
+    scale = UInt64(1e9 / cyclesPerSecond * 4_294_967_296)
+  }
+
+  /// Takes 20 ms.
+  static func measured() -> CycleRate {
+    let begin = MonotonicTime.now
+    let first = clinux_cycles()
+    usleep(20_000)
+    let last = clinux_cycles()
+    let elapsed = MonotonicTime.now.since(begin)
+    return CycleRate(cyclesPerSecond: Double(last &- first) / (Double(elapsed.nanoseconds) / 1e9))
+  }
+
+  @inline(__always)
+  func nanoseconds(_ cycles: UInt64) -> UInt64 {
+    let product = cycles.multipliedFullWidth(by: scale)
+    return product.high << 32 | product.low >> 32
+  }
+}

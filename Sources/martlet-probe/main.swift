@@ -1,0 +1,4 @@
+import Glibc
+import Probe
+
+exit(ProbeProgram.run(CommandLine.arguments))
