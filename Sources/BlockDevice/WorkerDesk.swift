@@ -31,11 +31,19 @@ final class WorkerDesk: Sendable {
 
   // MARK: The device's side
 
+  /// An order that was not taken yet is overtaken: a queue that its worker has not begun to serve comes straight back.
   func give(_ order: consuming sending Order) {
     var moved: Order? = consume order
-    drawer.withLock { drawer in
-      if let order = moved.take() { drawer.order = order }
+    let cameBack = drawer.withLock { drawer -> Bool in
+      guard let order = moved.take() else { return false }
+      var overtaken = Order.none
+      swap(&overtaken, &drawer.order)
+      drawer.order = order
+      guard case .serve(let queue) = consume overtaken else { return false }
+      drawer.delivered = consume queue
+      return true
     }
+    if cameBack { deliveries.signal() }
     orders.signal()
   }
 

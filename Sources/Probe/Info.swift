@@ -6,7 +6,7 @@ import VirtioSpec
 
 extension Verb {
   /// What a back end offers, and who could use it.
-  static let info = Verb(
+  package static let info = Verb(
     name: "info", summary: "what the back end offers, and which front ends can use it",
     options: [OptionRow("json", nil, "print JSON")],
     run: { options throws(ProbeError) in
@@ -71,12 +71,12 @@ struct InfoCard {
 
   private static func inflight(_ link: inout Link, _ offer: Offer) -> String {
     guard offer.protocolFeatures.contains(.inflightShmFD) else { return "not offered" }
-    do throws(VhostUserError) {
-      let features = offer.features.intersection([.version1, .eventIndex, .indirectDescriptors])
-      _ = try link.frontEnd.request(.setFeatures(features.union(offer.hasProtocolFeatures ? .vhostUserProtocolFeatures : [])))
-      _ = try link.frontEnd.request(.setVringNum(VringState(index: 0, number: 128)))
-      let answer = try link.frontEnd.request(.getInflightFD(InflightDescription(queueCount: 1, queueSize: 128)))
-      guard case .inflight(let area) = answer.reply else { return "a strange answer" }
+    do throws(ProbeError) {
+      try link.accept(offer.features.intersection([.version1, .eventIndex, .indirectDescriptors]))
+      try link.send(.setVringNum(VringState(index: 0, number: 128)))
+      guard case .inflight(let area) = try link.ask(.getInflightFD(InflightDescription(queueCount: 1, queueSize: 128))) else {
+        return "a strange answer"
+      }
       return area.size == 0 ? "offered, but no area given" : "\(area.size) bytes for one queue of 128"
     } catch {
       return "offered, but: \(error)"

@@ -1,3 +1,5 @@
+import CLinux
+import Glibc
 import HostSystem
 import VMMemory
 import VhostUser
@@ -19,39 +21,139 @@ package struct Offer: Sendable {
   var hasProtocolFeatures: Bool { features.contains(.vhostUserProtocolFeatures) }
 }
 
+/// The last bytes of a conversation, for findings.
+final class Trace {
+  private(set) var lines: [String] = []
+
+  func note(_ line: String) {
+    lines.append(line)
+    if lines.count > 12 { lines.removeFirst() }
+  }
+
+  func reset() {
+    lines = []
+    sawClosing = false
+  }
+
+  /// Whether the back end closed a connection.
+  var sawClosing = false
+}
+
+/// A reply with what came along.
+struct Answered: ~Copyable {
+  let reply: Reply
+  var descriptors: ReceivedDescriptors
+}
+
 /// One conversation with a back end.
 struct Link: ~Copyable {
   var frontEnd: BlockingFrontEnd
   var offer = Offer()
+  let trace: Trace
 
-  init(_ socket: consuming OwnedFD, timeout: Duration) {
+  init(_ socket: consuming OwnedFD, timeout: Duration, trace: Trace = Trace()) {
     frontEnd = BlockingFrontEnd(socket)
     frontEnd.timeout = timeout
+    self.trace = trace
   }
 
   /// Connects to the back end; nothing has been said yet.
-  init(_ target: Target) throws(ProbeError) { self.init(try target.connect(), timeout: target.timeout) }
+  init(_ target: Target, trace: Trace = Trace()) throws(ProbeError) {
+    self.init(try target.connect(), timeout: target.timeout, trace: trace)
+  }
 
-  var hasAcknowledgements: Bool { frontEnd.protocolFeatures.contains(.replyAck) }
+  var agreed: ProtocolFeatures { frontEnd.protocolFeatures }
+  var hasAcknowledgements: Bool { agreed.contains(.replyAck) }
+
+  /// Sends a message as it is.
+  mutating func tell(_ message: FrontEndMessage, descriptors: [CInt] = [], needsReply: Bool = false) throws(ProbeError) {
+    try tell(message.header(needsReply: needsReply), message.payload, descriptors: descriptors, name: message.request.name)
+  }
+
+  /// Sends any header with any payload.
+  mutating func tell(_ header: MessageHeader, _ payload: [UInt8], descriptors: [CInt] = [], name: String = "") throws(ProbeError) {
+    let fds = descriptors.isEmpty ? "" : " +\(descriptors.count) fd"
+    trace.note("> " + (header.encoded + payload).hexText() + fds + (name.isEmpty ? "" : "  " + name))
+    switch frontEnd.sendRaw(header, payload, descriptors: descriptors) {
+    case .bytes(let count) where count == MessageHeader.byteCount + payload.count: return
+    case .failed(let errno):
+      trace.sawClosing = true
+      throw .protocolError(
+        "send \(name)", errno == .brokenPipe || errno == .connectionReset ? .closed(midMessage: false) : .system("sending", errno))
+    default: throw .protocolError("send \(name)", .peerDoesNotRead)
+    }
+  }
+
+  /// The next message; nil when none came in time.
+  mutating func hear() throws(ProbeError) -> IncomingMessage? {
+    do throws(VhostUserError) {
+      guard let message = try frontEnd.receiveRaw() else {
+        trace.note("< nothing in \(decimal(Double(frontEnd.timeout.nanoseconds) / 1e9, 1)) s")
+        return nil
+      }
+      let fds = message.descriptors.isEmpty ? "" : " +\(message.descriptors.count) fd"
+      trace.note("< " + (message.header.encoded + message.payload).hexText() + fds)
+      return message
+    } catch {
+      trace.note("< \(error)")
+      if case .closed = error { trace.sawClosing = true }
+      throw .protocolError("hear", error)
+    }
+  }
+
+  /// A request with the reply or acknowledgement that belongs to it, checked. Without either, `GET_FEATURES` follows, so
+  /// that the request has been processed when this returns.
+  mutating func perform(_ message: FrontEndMessage, descriptors: [CInt] = []) throws(ProbeError) -> Answered {
+    let request = message.request
+    var expected: ReplyPayload?
+    switch request.rules.reply {
+    case .always(let payload): expected = payload
+    case .with(let feature, let payload): expected = agreed.contains(feature) ? payload : nil
+    case .acknowledgement: expected = nil
+    }
+    let acknowledges = expected == nil && hasAcknowledgements && request != .setProtocolFeatures
+    try tell(message, descriptors: descriptors, needsReply: acknowledges)
+    if case .setProtocolFeatures(let features) = message { frontEnd.protocolFeatures = features }
+    if expected == nil, !acknowledges { return try perform(.getFeatures) }
+    guard let incoming = try hear() else {
+      throw .protocolError("do \(request.name)", .noReply(to: request.name, milliseconds: Int(frontEnd.timeout.nanoseconds / 1_000_000)))
+    }
+    do throws(VhostUserError) {
+      try incoming.header.checkReply(to: request.rawValue)
+      let reply = try Reply(expected ?? .number, payload: incoming.payload)
+      try reply.checkDescriptorCount(incoming.descriptors.count, expected ?? .number)
+      if acknowledges, case .number(let code) = reply, code != 0 { throw .peerRefused(request: request.name, code: code) }
+      return Answered(reply: reply, descriptors: incoming.descriptors)
+    } catch {
+      throw .protocolError("do \(request.name)", error)
+    }
+  }
 
   /// Sends a request and returns when it has been processed.
   mutating func send(_ message: FrontEndMessage, descriptors: [CInt] = []) throws(ProbeError) {
-    do throws(VhostUserError) {
-      _ = try frontEnd.request(message, descriptors: descriptors)
-    } catch {
-      throw .protocolError("do \(message.request.name)", error)
-    }
+    _ = try perform(message, descriptors: descriptors)
   }
 
-  mutating func ask(_ message: FrontEndMessage) throws(ProbeError) -> Reply {
-    do throws(VhostUserError) { return try frontEnd.request(message).reply } catch {
-      throw .protocolError("do \(message.request.name)", error)
-    }
+  mutating func ask(_ message: FrontEndMessage, descriptors: [CInt] = []) throws(ProbeError) -> Reply {
+    try perform(message, descriptors: descriptors).reply
   }
 
   mutating func number(_ message: FrontEndMessage) throws(ProbeError) -> UInt64 {
-    do throws(VhostUserError) { return try frontEnd.number(message) } catch {
-      throw .protocolError("do \(message.request.name)", error)
+    guard case .number(let value) = try ask(message) else { return 0 }
+    return value
+  }
+
+  /// How a request that must not succeed was answered; nil when it seems to have been accepted.
+  mutating func refusal(_ message: FrontEndMessage, descriptors: [CInt] = []) throws(ProbeError) -> String? {
+    do throws(ProbeError) {
+      try send(message, descriptors: descriptors)
+      return nil
+    } catch {
+      switch error {
+      case .protocolError(_, .peerRefused(_, let code)): return "acknowledged with \(code)"
+      case .protocolError(_, .closed): return "closed"
+      default: throw error
+      }
     }
   }
 
@@ -141,9 +243,11 @@ final class Arena {
   static let userBase: UInt64 = 0x7F00_0000_0000
 
   /// - Parameter regionCount: the memory is cut into so many regions that follow one another in the guest.
-  init(byteCount: UInt64, regionCount: Int = 1, guestStart: UInt64 = 0) throws(ProbeError) {
+  init(byteCount: UInt64, regionCount: Int = 1, guestStart: UInt64 = 0, isSealed: Bool = true) throws(ProbeError) {
     let size = (byteCount + 0xFFFF) & ~0xFFFF
-    let fd = try wrapping { () throws(SystemError) in try SharedMemory.sealed(name: "martlet-probe", byteCount: size) }
+    let fd =
+      try isSealed
+      ? wrapping { () throws(SystemError) in try SharedMemory.sealed(name: "martlet-probe", byteCount: size) } : Self.unsealed(size)
     let piece = size / UInt64(regionCount) & ~0xFFF
     var descriptions: [RegionDescription] = []
     var regions: [MemoryRegion] = []
@@ -166,6 +270,15 @@ final class Arena {
     start = guestStart + 4096
     next = guestStart + 4096
     end = guestStart + size
+  }
+
+  /// Memory that can be cut off, as some front ends give it.
+  private static func unsealed(_ size: UInt64) throws(ProbeError) -> OwnedFD {
+    let fd = try wrapping { () throws(SystemError) in
+      OwnedFD(owning: try checked(unsafe clinux_memfd_create("martlet-probe-unsealed", 1), "make memory"))
+    }
+    guard ftruncate(fd.rawValue, Int(size)) == 0 else { throw .system(SystemError("size memory", Errno.current)) }
+    return fd
   }
 
   var descriptors: [CInt] { descriptions.map { _ in fd.rawValue } }

@@ -3,7 +3,7 @@ import Glibc
 import HostSystem
 
 /// The back end under test: how it is reached, and its process where we started it or can see it.
-final class Target {
+package final class Target {
   enum Reach: Sendable {
     case path(String)
     /// Inherited and connected: one connection, no second one.
@@ -21,13 +21,14 @@ final class Target {
   private let processor: Int
   private(set) var process: BackEndProcess?
   private var scratch: String?
+  private var startCount = 0
   private var inherited: OwnedFD?
   /// Seen by credentials when we did not start it.
   private(set) var peerProcess: Int32?
   /// Ends that nobody asked for.
   private(set) var crashes: [ProcessEnd] = []
 
-  init(_ options: Options) throws(ProbeError) {
+  package init(_ options: Options) throws(ProbeError) {
     timeout = try options.duration("timeout", in: 0.05...600) ?? .seconds(5)
     processor = try options.number("pin-backend", in: 0...1023) ?? -1
     let socket = options.text("socket")
@@ -70,7 +71,7 @@ final class Target {
   deinit { close() }
 
   /// Ends what we started and removes what we made.
-  func close() {
+  package func close() {
     process?.kill()
     process = nil
     if case .command(_, let path) = reach, scratch != nil { _ = unsafe unlink(path) }
@@ -88,6 +89,12 @@ final class Target {
 
   /// Whether another connection can be made.
   var canReconnect: Bool { if case .descriptor = reach { false } else { true } }
+
+  /// Where it listens, when it does.
+  var address: Reach {
+    if case .command(_, let path) = reach { return .path(path) }
+    return reach
+  }
 
   var processID: Int32? { process?.processID ?? peerProcess }
 
@@ -111,11 +118,21 @@ final class Target {
       }
     case .command(let command, let path):
       collect()
-      if process == nil {
-        _ = unsafe unlink(path)
-        process = try BackEndProcess(command, extra: -1, processor: processor)
+      // A predecessor that was killed may hold locks for a moment, until the kernel has taken it apart.
+      let patience = MonotonicTime.now.advanced(by: startCount > 0 ? .seconds(3) : .zero)
+      while true {
+        if process == nil {
+          _ = unsafe unlink(path)
+          process = try BackEndProcess(command, extra: -1, processor: processor)
+          startCount += 1
+        }
+        do throws(ProbeError) {
+          return try dialOurs(path)
+        } catch {
+          guard case .ended(let how, _) = error, how.hasPrefix("exited"), MonotonicTime.now < patience else { throw error }
+          usleep(30_000)
+        }
       }
-      return try dialOurs(path)
     }
   }
 
@@ -214,7 +231,7 @@ final class BackEndProcess {
     let result = unsafe words.withUnsafeBufferPointer {
       unsafe clinux_spawn_tied($0.baseAddress, output.rawValue, extra, CInt(processor))
     }
-    for unsafeword in unsafe words { unsafe free(word) }
+    for index in 0..<command.count { unsafe free(words[index]) }
     guard result > 0 else { throw .cannotStart(command[0], Errno(-result)) }
     self.output = output
     processID = result

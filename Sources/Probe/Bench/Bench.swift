@@ -5,7 +5,7 @@ import VirtioSpec
 
 extension Verb {
   /// How fast a back end is, and what that costs.
-  static let bench = Verb(
+  package static let bench = Verb(
     name: "bench", summary: "rate, latency and cost of a disk, with fio's option names",
     notes: """
       --vs runs both back ends in turn, A B B A, --rounds times over, and prints the ratio of each pair with its spread.

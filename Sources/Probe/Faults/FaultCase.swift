@@ -1,0 +1,222 @@
+import Glibc
+import HostSystem
+import VhostUser
+import VirtioQueue
+import VirtioSpec
+
+/// What a back end made of hostile behaviour. There is no "unknown".
+package enum FaultVerdict: Equatable, Sendable {
+  /// It went on, and serves the next front end.
+  case survived
+  /// It said no, closed the connection, or ended in order; the next front end is served.
+  case refused(String)
+  /// It lives, and serves nobody within the time-out.
+  case hung(String)
+  case crashed(String)
+  /// It serves, and holds descriptors or memory that it did not hold before.
+  case leaked(String)
+
+  package var isFinding: Bool {
+    switch self {
+    case .survived, .refused: false
+    case .hung, .crashed, .leaked: true
+    }
+  }
+
+  package var word: String {
+    switch self {
+    case .survived: "survived"
+    case .refused: "refused"
+    case .hung: "HUNG"
+    case .crashed: "CRASHED"
+    case .leaked: "LEAKED"
+    }
+  }
+
+  package var reason: String {
+    switch self {
+    case .survived: ""
+    case .refused(let text), .hung(let text), .crashed(let text), .leaked(let text): text
+    }
+  }
+}
+
+/// One attack. The body says what it likes and looks at nothing but what it needs to go on.
+struct FaultCase: Sendable {
+  let id: String
+  let sentence: String
+  let body: @Sendable (FaultContext) throws -> Void
+
+  init(_ id: String, _ sentence: String, _ body: @escaping @Sendable (FaultContext) throws -> Void) {
+    self.id = id
+    self.sentence = sentence
+    self.body = body
+  }
+}
+
+package struct FaultResult: Sendable {
+  package let id: String
+  package let sentence: String
+  package let verdict: FaultVerdict
+  package let trace: [String]
+  package let duration: Duration
+}
+
+/// How an attack says that it cannot be made here.
+struct NotPossible: Error {
+  let why: String
+}
+
+/// What attacks share, and the judgement after each.
+final class FaultContext {
+  let target: Target
+  let device: DeviceID?
+  let offer: Offer
+  let trace = Trace()
+  private var baseline: Usage?
+  /// Set by an attack that saw the process hold far too many descriptors.
+  var openDescriptorsSeen = 0
+
+  /// What a process holds.
+  struct Usage {
+    var descriptors: Int
+    /// KiB
+    var memory: Int
+  }
+
+  init(_ target: Target, _ device: DeviceID?, _ offer: Offer) {
+    self.target = target
+    self.device = device
+    self.offer = offer
+  }
+
+  func open() throws(ProbeError) -> Link { try Link(target, trace: trace) }
+
+  func negotiated() throws(ProbeError) -> Link {
+    var link = try open()
+    try link.negotiate()
+    try link.accept(offer.features.intersection([.version1, .indirectDescriptors]))
+    return link
+  }
+
+  func client(_ features: FeatureSet = [], ringSize: UInt16 = 16) throws -> RingClient {
+    guard offer.features.isSuperset(of: features) else {
+      throw NotPossible(why: features.subtracting(offer.features).names(for: device).joined(separator: ", ") + " not offered")
+    }
+    return try RingClient(target, device, RingClient.Setup(features: features, ringSize: ringSize), trace: trace)
+  }
+
+  /// Runs one attack; nil when it cannot be made here.
+  func run(_ item: FaultCase) -> FaultResult? {
+    trace.reset()
+    let begin = MonotonicTime.now
+    if baseline == nil || target.process?.processID != baselineProcess { measureBaseline() }
+    let crashes = target.crashes.count
+    var refusal: String?
+    do {
+      try item.body(self)
+    } catch is NotPossible {
+      return nil
+    } catch let error as ProbeError {
+      if case .protocolError(_, .peerRefused(_, let code)) = error { refusal = "answered with \(code)" }
+    } catch {
+      refusal = "\(error)"
+    }
+    if trace.sawClosing { refusal = "closed the connection" }
+    var verdict = judge(crashes, refusal)
+    if case .crashed = verdict { baseline = nil }
+    if verdict.isFinding, target.isOurs {
+      target.stop()
+      baseline = nil
+    }
+    if case .leaked = verdict { baseline = nil }
+    if !verdict.isFinding, target.isOurs, case .refused(let text) = verdict, text.hasPrefix("the process") { baseline = nil }
+    if case .survived = verdict, let refusal { verdict = .refused(refusal) }
+    return FaultResult(
+      id: item.id, sentence: item.sentence, verdict: verdict, trace: verdict.isFinding ? trace.lines : [],
+      duration: MonotonicTime.now.since(begin))
+  }
+
+  private var baselineProcess: Int32?
+
+  /// One ordinary session, and what the process holds after it.
+  private func measureBaseline() {
+    for _ in 0..<2 { _ = serve() }
+    settle()
+    baseline = usage()
+    baselineProcess = target.process?.processID
+  }
+
+  private func settle() { usleep(2_000) }
+
+  /// An ordinary front end: nil when it is served, else why not.
+  private func serve() -> String? {
+    do {
+      if RingClient.ping(device) != nil {
+        let client = try RingClient(target, device, RingClient.Setup(), trace: Trace())
+        try client.ping()
+      } else {
+        var link = try Link(target, trace: Trace())
+        _ = try link.number(.getFeatures)
+      }
+      return nil
+    } catch {
+      return "\(error)"
+    }
+  }
+
+  private func judge(_ crashes: Int, _ refusal: String?) -> FaultVerdict {
+    let process = target.process?.processID
+    let problem = serve()
+    target.collect()
+    if target.crashes.count > crashes {
+      let end = target.crashes[crashes]
+      if case .killed = end { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
+      // It ended by itself: in order if another one, just started, serves.
+      if problem != nil, serve() != nil { return .crashed("\(end), and a new one does not serve") }
+      return .refused("the process \(end)")
+    }
+    if problem != nil {
+      // A process that is dying does so within this time.
+      usleep(100_000)
+      if let end = target.collect() { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
+      guard let again = serve() else { return leak(process) ?? refusal.map { .refused($0) } ?? .survived }
+      if !target.isOurs, again.contains("refused (ECONNREFUSED)") || again.contains("ENOENT") { return .crashed("nobody listens any more") }
+      return .hung("the next front end is not served: \(again)")
+    }
+    return leak(process) ?? refusal.map { .refused($0) } ?? .survived
+  }
+
+  private func leak(_ process: Int32?) -> FaultVerdict? {
+    if openDescriptorsSeen > 0 {
+      defer { openDescriptorsSeen = 0 }
+      return .leaked("\(openDescriptorsSeen) descriptors open while one connection repeated itself")
+    }
+    guard let baseline, process == target.process?.processID else { return nil }
+    for attempt in 0..<3 {
+      settle()
+      guard let now = usage() else { return nil }
+      let descriptors = now.descriptors - baseline.descriptors
+      let memory = now.memory - baseline.memory
+      if descriptors <= 1, memory < 32 << 10 { return nil }
+      if attempt < 2 {
+        usleep(20_000)
+        _ = serve()
+        continue
+      }
+      return .leaked(descriptors > 1 ? "\(descriptors) more descriptors than before" : "\(memory / 1024) MiB more memory than before")
+    }
+    return nil
+  }
+
+  private func usage() -> Usage? {
+    guard let process = target.processID else { return nil }
+    let descriptors = SystemCallCounter.entries(of: "/proc/\(process)/fd").count
+    guard descriptors > 0, let file = try? OwnedFD.open("/proc/\(process)/statm", O_RDONLY), let bytes = try? file.readToEnd(limit: 200)
+    else { return nil }
+    let fields = String(decoding: bytes, as: UTF8.self).split(separator: " ").compactMap { Int($0) }
+    guard fields.count > 2 else { return nil }
+    // Private memory: what is mapped of the guest's does not count.
+    return Usage(descriptors: descriptors, memory: max(0, fields[1] - fields[2]) * 4)
+  }
+}
