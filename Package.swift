@@ -108,6 +108,12 @@ let testTargets: [Target] = [
   .executableTarget(
     name: "martlet-fake", dependencies: ["HostSystem", "VirtioSpec", "ControlProtocol", "Sandbox"].map { .byName(name: $0) },
     path: "Tests/FakeProgram", swiftSettings: strict, linkerSettings: staticPIE),
+  .target(
+    name: "HostileAttacks", path: "Tests/HostileAttacks",
+    cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"])]),
+  .executableTarget(
+    name: "martlet-hostile", dependencies: ["HostSystem", "HostileAttacks", "Sandbox"].map { .byName(name: $0) },
+    path: "Tests/HostileProgram", swiftSettings: strict, linkerSettings: staticPIE),
   tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
   tests("VirtioSpecTests", ["VirtioSpec"]),
   tests("VMMemoryTests", ["CLinux", "HostSystem", "VMMemory", "TestSupport"]),

@@ -18,4 +18,4 @@
 //     }
 //
 //     // main.swift
-//     exit(BackendProgram(type: "rng").run(CommandLine.arguments) { _ in Entropy() })
+//     exit(BackendProgram(type: "rng").run(OwnProgram.arguments) { _ in Entropy() })

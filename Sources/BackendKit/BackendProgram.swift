@@ -34,10 +34,10 @@ public struct BackendProgram: Sendable {
   /// - Parameters:
   ///   - alternative: the option that asks for it, in place of a connection to a front end.
   ///   - work: does it, and returns the exit code. Gets the descriptor that is readable when the program is to end, and what
-  ///     closes the sandbox and says READY.
+  ///     closes the sandbox but for the system calls named and says READY; before any thread is started.
   public func run<Device: DeviceBackend & ~Copyable>(
     _ arguments: [String], alternative: String, makeDevice: (LaunchArguments) throws(BackendError) -> Device,
-    work: (LaunchArguments, consuming OwnedFD, () throws(BackendError) -> Void) throws(BackendError) -> CInt
+    work: (LaunchArguments, consuming OwnedFD, (SystemCallNeeds) throws(BackendError) -> Void) throws(BackendError) -> CInt
   ) -> CInt {
     run(arguments, alternative: alternative) { launch throws(BackendError) in
       guard launch.has(alternative) else { return try serve(launch, makeDevice) }
@@ -46,11 +46,12 @@ public struct BackendProgram: Sendable {
         return ReadyBox(try ReadyPort(launch.readyFD))
       }
       let signals = try wrap { () throws(SystemError) in try Signals.descriptor(for: [SIGTERM, SIGINT]) }
-      return try work(launch, signals) { () throws(BackendError) in
-        try wrap { () throws(SystemError) in
-          try closeSandbox(launch)
-          try ready.announce()
+      return try work(launch, signals) { needs throws(BackendError) in
+        try wall { () throws(SandboxError) in
+          try ProcessWalls.closeFiles(launch.walls)
+          try ProcessWalls.closeCalls(SystemCallNeeds([.base, .device]).rules + needs.rules, launch.walls)
         }
+        try wrap { () throws(SystemError) in try ready.announce() }
       }
     }
   }
@@ -80,12 +81,9 @@ public struct BackendProgram: Sendable {
     case .serve: break
     }
     Log.level = launch.logLevel
-    // Whatever the program does. From here on the arguments are not read again: the title stands in their place.
-    do { try ProcessWalls.raise(title: launch.title) } catch {
-      Log.error(error.message)
-      return 1
-    }
     do {
+      // From here on the arguments are not read again: the title stands in their place.
+      try wall { () throws(SandboxError) in try ProcessWalls.raise(title: launch.title) }
       return try serve(launch)
     } catch {
       Log.error("\(error)")
@@ -93,8 +91,8 @@ public struct BackendProgram: Sendable {
     }
   }
 
-  /// The start order: signals, device, rings and threads, connection, sandbox, READY, service. What needs wide rights
-  /// comes before the sandbox; guests are only served behind it.
+  /// The start order: signals, connection, device, walls around files, rings and threads, walls around system calls, READY,
+  /// service. What needs wide rights comes before the walls; guests are only served behind them.
   private func serve<Device: DeviceBackend & ~Copyable>(
     _ launch: LaunchArguments, _ makeDevice: (LaunchArguments) throws(BackendError) -> Device
   ) throws(BackendError) -> CInt {
@@ -105,11 +103,15 @@ public struct BackendProgram: Sendable {
       var context = try BackendContext()
       try context.loop.add(signals, for: .readable, token: .signals)
       var device = try makeDevice(launch)
+      try wall { () throws(SandboxError) in try ProcessWalls.closeFiles(launch.walls) }
       try device.prepare(&context)
+      let calls = SystemCallNeeds([.base, .device]).rules + device.systemCalls.rules
       // Late, so that a start that fails leaves no socket behind.
       let entrance = try Entrance(launch)
       var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised)
-      try closeSandbox(launch)
+      try wall { () throws(SandboxError) in
+        try ProcessWalls.closeCalls(calls, launch.walls)
+      }
       try ready.announce()
       Log.info("Serving")
       return try server.run(entrance, signals)
@@ -122,10 +124,8 @@ public struct BackendProgram: Sendable {
     }
   }
 
-  /// The walls of a back end that are its own to build. Everything after this line runs with what it has.
-  private func closeSandbox(_ launch: LaunchArguments) throws(SystemError) {
-    // PR_SET_NO_NEW_PRIVS: nothing this process could execute gains rights.
-    _ = try checked(clinux_prctl(38, 1, 0, 0, 0), "refuse new privileges")
+  private func wall(_ body: () throws(SandboxError) -> Void) throws(BackendError) {
+    do { try body() } catch { throw .device(error.message) }
   }
 
   /// The capabilities as one JSON object.

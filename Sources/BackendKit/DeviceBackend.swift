@@ -46,8 +46,12 @@ public protocol DeviceBackend: ~Copyable {
   /// The device's configuration space as it is now, at most 256 bytes; reads beyond its end answer zeros.
   var configuration: [UInt8] { get }
 
-  /// Before the sandbox closes and before READY: make threads and rings, watch descriptors of the device's own.
+  /// Before system calls are restricted and before READY: make threads and rings, watch descriptors of the device's own.
+  /// Every thread must have said that it runs when this returns. Nothing can be opened by a path any more.
   mutating func prepare(_ context: inout BackendContext) throws(BackendError)
+
+  /// What the device, now prepared, will still ask of the kernel. Asked once, after `prepare`.
+  var systemCalls: SystemCallNeeds { get }
 
   /// The features the driver accepted (a subset of `profile.features`); no queue runs now.
   mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext)
@@ -81,6 +85,7 @@ public protocol DeviceBackend: ~Copyable {
 
 extension DeviceBackend where Self: ~Copyable {
   public var configuration: [UInt8] { [] }
+  public var systemCalls: SystemCallNeeds { .none }
   public mutating func prepare(_ context: inout BackendContext) throws(BackendError) {}
   public mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) {}
   public mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool { false }

@@ -1,4 +1,5 @@
 import HostSystem
+import Sandbox
 
 /// One option of a device program besides those every back end has.
 public struct LaunchOption: Sendable {
@@ -37,6 +38,8 @@ public struct LaunchArguments: Sendable {
   /// Who this process is, for example `vm/web1/disk0`.
   public var title: String?
   public var logLevel = Log.Level.warning
+  /// How strictly the process walls itself in before it says READY.
+  package var walls = WallMode.off
   private var values: [String: String] = [:]
 
   /// Under a supervisor the rules are stricter: guest memory must be sealed.
@@ -67,6 +70,7 @@ public struct LaunchArguments: Sendable {
     .value("fd", "NUMBER", "serve the front end at the other end of this inherited socket"),
     .value("ready-fd", "NUMBER", "write READY to this descriptor when the device can serve"),
     .value("title", "TEXT", "who this process is, for logs and process lists"),
+    .value("sandbox", "MODE", "off, on, or log: do what the walls forbid, and write it to the kernel's log (default: off)"),
     .value("log", "LEVEL", "error, warning, info or debug (default: warning)"),
     .flag("print-capabilities", "print what this program can do as JSON, and exit"),
     .flag("help", "print this text, and exit"),
@@ -104,6 +108,10 @@ public struct LaunchArguments: Sendable {
     }
     let hasAlternative = alternative.map { result.has($0) } ?? false
     if result.request == .serve, (result.connection == nil) != hasAlternative { throw .noConnection }
+    // Behind the walls no connection can be accepted and no socket file removed.
+    if result.walls != .off, case .listen = result.connection {
+      throw .badOption("--sandbox", why: "goes with --fd; a program that listens at a path cannot close itself in")
+    }
     return result
   }
 
@@ -116,6 +124,9 @@ public struct LaunchArguments: Sendable {
       connection = name == "fd" ? .descriptor(try Self.descriptorNumber(value, of: "--fd")) : .listen(value)
     case "ready-fd": readyFD = try Self.descriptorNumber(value, of: "--ready-fd")
     case "title": title = value
+    case "sandbox":
+      guard let mode = WallMode(rawValue: value) else { throw .badOption("--sandbox", why: "is on, off or log, not \(value)") }
+      walls = mode
     case "log":
       switch value {
       case "error": logLevel = .error

@@ -7,6 +7,8 @@ import Synchronization
 public final class QueuePorts: Sendable {
   @usableFromInline let callPort: EventFD
   private let errorPort: EventFD
+  /// Where calls and errors go that nobody hears; made once, so that a process that serves makes no descriptors.
+  private let nowhere: EventFD
   private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
 
@@ -14,6 +16,7 @@ public final class QueuePorts: Sendable {
     // Dummies until the front end sends its own: a call before that goes nowhere, as the protocol has it.
     callPort = try EventFD()
     errorPort = try EventFD()
+    nowhere = try EventFD()
     counters = QueueCounters()
   }
 
@@ -35,26 +38,17 @@ public final class QueuePorts: Sendable {
 
   /// Nil: the driver polls, and calls go nowhere.
   func replaceCall(_ fd: borrowing OwnedFD?) throws(SystemError) {
-    try Self.replace(callPort, with: fd)
+    switch fd {
+    case .some(let fd): try Self.put(fd.rawValue, under: callPort.fd.rawValue)
+    case .none: try Self.put(nowhere.fd.rawValue, under: callPort.fd.rawValue)
+    }
     // Covers a call that was lost between the old descriptor and the new one; a needless call is allowed.
     callPort.signal()
   }
 
   func replaceError(_ fd: borrowing OwnedFD) throws(SystemError) { try Self.put(fd.rawValue, under: errorPort.fd.rawValue) }
 
-  func dropError() throws(SystemError) {
-    let dummy = try EventFD()
-    try Self.put(dummy.fd.rawValue, under: errorPort.fd.rawValue)
-  }
-
-  private static func replace(_ port: borrowing EventFD, with fd: borrowing OwnedFD?) throws(SystemError) {
-    switch fd {
-    case .some(let fd): try put(fd.rawValue, under: port.fd.rawValue)
-    case .none:
-      let dummy = try EventFD()
-      try put(dummy.fd.rawValue, under: port.fd.rawValue)
-    }
-  }
+  func dropError() throws(SystemError) { try Self.put(nowhere.fd.rawValue, under: errorPort.fd.rawValue) }
 
   private static func put(_ fd: CInt, under number: CInt) throws(SystemError) {
     // EBUSY and EINTR are the races that dup2(2) names; both mean "again".

@@ -18,6 +18,8 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
   private let access: Access?
   private var desks: [WorkerDesk] = []
   private var threads: [HostThread] = []
+  private var usesRing = false
+  private var usesCalls = false
   /// Queues a worker has.
   private var running: Set<Int> = []
 
@@ -46,6 +48,8 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
 
   package var configuration: [UInt8] { space.bytes }
 
+  package var systemCalls: SystemCallNeeds { SystemCallNeeds((usesRing ? [.block] : []) + (usesCalls ? [.blockCalls] : [])) }
+
   package mutating func prepare(_ context: inout BackendContext) throws(BackendError) {
     do {
       for index in 0..<space.queueCount {
@@ -66,7 +70,9 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
         desks.append(desk)
         try ready.fd.waitUntil(.readable)
         switch start.value {
-        case .ready(let how): if index == 0 { Log.info("Storage: \(how)") }
+        case .ready(let how, let ring):
+          if ring { usesRing = true } else { usesCalls = true }
+          if index == 0 { Log.info("Storage: \(how)") }
         case .failed(let error): throw BackendError.system(error)
         case nil: throw BackendError.device("A queue's thread said nothing")
         }

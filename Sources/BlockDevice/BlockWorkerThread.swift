@@ -4,8 +4,8 @@ import Synchronization
 
 /// How a worker's start came out.
 enum WorkerStart: Sendable {
-  /// With the way to the storage in words.
-  case ready(String)
+  /// With the way to the storage in words, and whether it is a ring.
+  case ready(String, ring: Bool)
   case failed(SystemError)
 }
 
@@ -32,7 +32,8 @@ func runBlockWorker(
         let engine = try RingEngine(space.image, depth: Int(space.greatestQueueSize))
         let traits = engine.traits
         var worker = try BlockQueueWorker(desk, space, engine)
-        report(.ready("io_uring, " + (traits.defersTaskWork ? "deferred completion work" : traits.cooperates ? "cooperative" : "basic")))
+        let work = traits.defersTaskWork ? "deferred completion work" : traits.cooperates ? "cooperative" : "basic"
+        report(.ready("io_uring, " + work, ring: true))
         return worker.run()
       } catch {
         // Asked for by name, it must be had; else ordinary calls do as well, and it is said.
@@ -41,7 +42,7 @@ func runBlockWorker(
       }
     }
     var worker = try BlockQueueWorker(desk, space, BlockingEngine(space.image))
-    report(.ready("ordinary calls"))
+    report(.ready("ordinary calls", ring: false))
     worker.run()
   } catch {
     report(.failed(error as? SystemError ?? SystemError("start a queue's thread", .invalid)))

@@ -60,6 +60,8 @@ int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t
   return result(epoll_ctl(epoll, operation, fd, &event));
 }
 
+int clinux_fstat(int fd, struct stat *status) { return result(syscall(SYS_fstat, fd, status)); }
+
 int clinux_dup3(int fd, int number) { return result(dup3(fd, number, O_CLOEXEC)); }
 
 int clinux_fallocate(int fd, int mode, off_t offset, off_t length) { return result(fallocate(fd, mode, offset, length)); }
@@ -67,6 +69,10 @@ int clinux_fallocate(int fd, int mode, off_t offset, off_t length) { return resu
 ssize_t clinux_pwritev2(int fd, const struct iovec *parts, int count, off_t offset, int flags) {
   ssize_t written = pwritev2(fd, parts, count, offset, flags);
   return written < 0 ? -errno : written;
+}
+
+int clinux_accept_nonblocking(int listener) {
+  return result(accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK));
 }
 
 int clinux_accept(int listener) { return result(accept4(listener, NULL, NULL, SOCK_CLOEXEC)); }

@@ -4,11 +4,15 @@
 #include <string.h>
 #include <sys/prctl.h>
 
+static char **all;
+static int all_count;
 static char *area;
 static size_t area_size;
 
 // glibc hands argc and argv to constructors; no /proc is needed, so it works inside an empty root as well.
 __attribute__((constructor)) static void remember_arguments(int count, char **arguments) {
+  all = arguments;
+  all_count = count;
   if (count < 1 || !arguments || !arguments[0]) return;
   char *end = arguments[0];
   for (int i = 0; i < count; i++) {
@@ -29,3 +33,5 @@ int clinux_set_title(const char *title) {
   memcpy(area, title, length);
   return (int)length;
 }
+
+const char *clinux_argument(int index) { return index >= 0 && index < all_count ? all[index] : NULL; }

@@ -2,6 +2,7 @@
 #include "clinux_walls.h"
 
 #include <errno.h>
+#include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <string.h>
@@ -46,9 +47,30 @@ int clinux_landlock_restrict(int abi) {
   return result < 0 ? -error : 0;
 }
 
-int clinux_seccomp_install(const void *instructions, unsigned short count, int log) {
+int clinux_seccomp_can_kill(void) {
+  uint32_t action = SECCOMP_RET_KILL_PROCESS;
+  return syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action) == 0;
+}
+
+int clinux_may_administer(void) {
+  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  struct __user_cap_data_struct data[2];
+  memset(data, 0, sizeof data);
+  if (syscall(SYS_capget, &header, data) < 0) return 0;
+  uint32_t wanted = 1u << CAP_SYS_ADMIN | 1u << CAP_SETPCAP | 1u << CAP_SETUID | 1u << CAP_SETGID;
+  return (data[0].effective & wanted) == wanted;
+}
+
+static int install(const void *instructions, unsigned short count, unsigned flags) {
   struct sock_fprog program = {.len = count, .filter = (struct sock_filter *)instructions};
-  unsigned flags = SECCOMP_FILTER_FLAG_TSYNC | (log ? SECCOMP_FILTER_FLAG_LOG : 0);
   long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
   return result < 0 ? -errno : (int)result;
+}
+
+int clinux_seccomp_install_thread(const void *instructions, unsigned short count, int log) {
+  return install(instructions, count, log ? SECCOMP_FILTER_FLAG_LOG : 0);
+}
+
+int clinux_seccomp_install(const void *instructions, unsigned short count, int log) {
+  return install(instructions, count, SECCOMP_FILTER_FLAG_TSYNC | (log ? SECCOMP_FILTER_FLAG_LOG : 0));
 }

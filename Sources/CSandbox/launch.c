@@ -5,9 +5,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
+#include <linux/capability.h>
 #include <linux/sched.h>
+#include <linux/securebits.h>
+#include <poll.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -40,7 +46,8 @@ static int arrange(const struct csandbox_launch *launch, int *executable, int *p
   int moved[32];
   if (count < 0 || count > (int)(sizeof moved / sizeof *moved)) return E2BIG;
   int floor = count + 2;
-  int high_executable = fcntl(*executable, F_DUPFD_CLOEXEC, floor);
+  // Without a program (a trial of the walls) the pipe stands for it here and is closed with the rest.
+  int high_executable = fcntl(*executable >= 0 ? *executable : *pipe, F_DUPFD_CLOEXEC, floor);
   int high_pipe = fcntl(*pipe, F_DUPFD_CLOEXEC, floor);
   if (high_executable < 0 || high_pipe < 0) return errno;
   *pipe = high_pipe;
@@ -52,7 +59,7 @@ static int arrange(const struct csandbox_launch *launch, int *executable, int *p
     if (dup3(moved[i], i, 0) < 0) return errno;
   if (dup3(high_executable, count, O_CLOEXEC) < 0) return errno;
   if (dup3(high_pipe, count + 1, O_CLOEXEC) < 0) return errno;
-  *executable = count;
+  if (*executable >= 0) *executable = count;
   *pipe = count + 1;
   if (syscall(SYS_close_range, (unsigned)floor, ~0u, CLOSE_RANGE_UNSHARE) < 0) return errno;
   return 0;
@@ -64,6 +71,70 @@ static int set_limit(int resource, uint64_t value) {
   if (value > current.rlim_max) value = current.rlim_max;
   struct rlimit limit = {.rlim_cur = value, .rlim_max = value};
   return setrlimit(resource, &limit) < 0 ? errno : 0;
+}
+
+static int write_file(const char *path, const char *text) {
+  int fd = open(path, O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return errno;
+  ssize_t written = write(fd, text, strlen(text));
+  int error = written < 0 ? errno : 0;
+  close(fd);
+  return error;
+}
+
+// In a new user namespace: our own ids stand for themselves, no other exists, and groups cannot be changed.
+static int map_user(uid_t uid, gid_t gid) {
+  char map[32];
+  int error;
+  // The files of a process that cannot be dumped belong to root; exec decides about it anew.
+  if (prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) < 0) return errno;
+  if ((error = write_file("/proc/self/setgroups", "deny"))) return error;
+  snprintf(map, sizeof map, "%u %u 1", (unsigned)uid, (unsigned)uid);
+  if ((error = write_file("/proc/self/uid_map", map))) return error;
+  snprintf(map, sizeof map, "%u %u 1", (unsigned)gid, (unsigned)gid);
+  return write_file("/proc/self/gid_map", map);
+}
+
+// An empty, read-only tmpfs becomes the root and everything that was mounted goes. What is open stays usable.
+static int enter_empty_root(void) {
+  // Nothing that happens to mounts here is seen outside.
+  if (mount("none", "/", NULL, MS_SLAVE | MS_REC, NULL) < 0) return errno;
+  unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+  const char *options = "size=4k,nr_inodes=2,mode=0555";
+  // Any directory will do; these exist wherever a process can be started.
+  const char *places[] = {"/proc", "/dev", "/sys", "/tmp"};
+  const char *place = NULL;
+  int error = ENOENT;
+  for (unsigned i = 0; i < sizeof places / sizeof *places && !place; i++) {
+    if (mount("martlet", places[i], "tmpfs", flags, options) == 0) place = places[i];
+    else error = errno;
+  }
+  if (!place) return error;
+  if (chdir(place) < 0) return errno;
+  if (syscall(SYS_pivot_root, ".", ".") == 0) {
+    // The old root now lies on top of the new one at the same place; taking it away leaves the new one.
+    if (umount2(".", MNT_DETACH) < 0) return errno;
+  } else {
+    // The initial RAM file system cannot be pivoted. The new root covers it instead; going back needs CAP_SYS_CHROOT.
+    if (errno != EINVAL || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0) return errno;
+  }
+  return chdir("/") < 0 ? errno : 0;
+}
+
+static int has_effective_capability(int number) {
+  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  struct __user_cap_data_struct data[2] = {{0}, {0}};
+  if (syscall(SYS_capget, &header, data) < 0) return 0;
+  return (data[number / 32].effective >> (number % 32)) & 1;
+}
+
+// uid 0 means nothing, and no ambient capability can be had, for ever. Keep-caps stays open: libcap-ng uses it next, and
+// exec clears it.
+static int lock_secure_bits(void) {
+  if (!has_effective_capability(CAP_SETPCAP)) return 0; // an ordinary user: no_new_privs does the same
+  unsigned long bits = SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE |
+                       SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED;
+  return prctl(PR_SET_SECUREBITS, bits, 0, 0, 0) < 0 ? errno : 0;
 }
 
 // Every capability, the bounding set where that is allowed, ambient ones, groups, gid, uid: by libcap-ng.
@@ -78,15 +149,24 @@ static int drop_privileges(const struct csandbox_launch *launch) {
   }
   // Without CAP_SETPCAP the bounding set stays; no_new_privs makes it worthless.
   capng_select_t set = CAPNG_SELECT_CAPS | CAPNG_SELECT_AMBIENT;
-  if (prctl(PR_CAPBSET_READ, 8 /* CAP_SETPCAP */) == 1 && geteuid() == 0) set = CAPNG_SELECT_ALL;
+  if (has_effective_capability(CAP_SETPCAP)) set = CAPNG_SELECT_ALL;
   if (capng_apply(set) != 0) return errno ? errno : EPERM;
   return 0;
 }
 
-static int verify(const struct csandbox_launch *launch) {
-  capng_clear(CAPNG_SELECT_ALL); // forget what we asked for; read what we have
-  if (capng_get_caps_process() != 0) return EPERM;
-  if (capng_have_capabilities(CAPNG_SELECT_CAPS) != CAPNG_NONE) return EPERM;
+// By system calls and not by libcap-ng: a second reader, which needs no /proc.
+static int verify(const struct csandbox_launch *launch, int could_clear_bounding) {
+  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  struct __user_cap_data_struct data[2] = {{0}, {0}};
+  if (syscall(SYS_capget, &header, data) < 0) return errno;
+  for (int i = 0; i < 2; i++)
+    if (data[i].effective | data[i].permitted | data[i].inheritable) return EPERM;
+  for (int number = 0; number < 64; number++) {
+    int bounding = prctl(PR_CAPBSET_READ, number, 0, 0, 0);
+    if (bounding < 0) break; // beyond the last one
+    if (could_clear_bounding && bounding == 1) return EPERM;
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, number, 0, 0) == 1) return EPERM;
+  }
   if (!launch->change_identity) return 0;
   uid_t real, effective, saved;
   gid_t real_group, effective_group, saved_group;
@@ -98,27 +178,49 @@ static int verify(const struct csandbox_launch *launch) {
   return 0;
 }
 
-static void child(const struct csandbox_launch *launch, int pipe, pid_t parent) __attribute__((noreturn));
+// Whether the launcher still lives. In a new pid namespace nobody has a parent; a report pipe without reader says the same.
+static int is_orphan(const struct csandbox_launch *launch, int pipe, pid_t parent) {
+  if (!(launch->namespaces & CLONE_NEWPID)) return getppid() != parent;
+  struct pollfd entry = {.fd = pipe, .events = 0};
+  return poll(&entry, 1, 0) > 0 && (entry.revents & POLLERR);
+}
 
-static void child(const struct csandbox_launch *launch, int pipe, pid_t parent) {
+struct parent {
+  pid_t pid;
+  uid_t uid;
+  gid_t gid;
+};
+
+static void child(const struct csandbox_launch *launch, int pipe, struct parent parent) __attribute__((noreturn));
+
+static void child(const struct csandbox_launch *launch, int pipe, struct parent parent) {
   int executable = launch->executable;
   int error;
   if (setsid() < 0) fail(pipe, CSANDBOX_SESSION, errno);
   if (reset_signals() < 0) fail(pipe, CSANDBOX_SIGNALS, errno);
   if ((error = arrange(launch, &executable, &pipe))) fail(pipe, CSANDBOX_DESCRIPTORS, error);
   umask(077);
-  if (chdir("/") < 0) fail(pipe, CSANDBOX_DIRECTORY, errno);
+  if (launch->namespaces & CLONE_NEWUSER && (error = map_user(parent.uid, parent.gid))) fail(pipe, CSANDBOX_USER_MAP, error);
+  error = launch->namespaces & CLONE_NEWNS ? enter_empty_root() : chdir("/") < 0 ? errno : 0;
+  if (error) fail(pipe, CSANDBOX_DIRECTORY, error);
+  if (launch->namespaces & CLONE_NEWUTS && (sethostname("martlet", 7) < 0 || setdomainname("", 0) < 0))
+    fail(pipe, CSANDBOX_HOST_NAME, errno);
   if ((error = set_limit(RLIMIT_CORE, 0)) || (error = set_limit(RLIMIT_MSGQUEUE, 0)) ||
-      (error = set_limit(RLIMIT_NOFILE, launch->file_limit)))
+      (error = set_limit(RLIMIT_RTPRIO, 0)) || (error = set_limit(RLIMIT_NOFILE, launch->file_limit)) ||
+      (launch->process_limit && (error = set_limit(RLIMIT_NPROC, launch->process_limit))))
     fail(pipe, CSANDBOX_LIMITS, error);
+  if ((error = lock_secure_bits())) fail(pipe, CSANDBOX_SECURE_BITS, error);
+  int could_clear_bounding = has_effective_capability(CAP_SETPCAP);
   if ((error = drop_privileges(launch))) fail(pipe, CSANDBOX_IDENTITY, error);
-  if ((error = verify(launch))) fail(pipe, CSANDBOX_VERIFICATION, error);
+  if ((error = verify(launch, could_clear_bounding))) fail(pipe, CSANDBOX_VERIFICATION, error);
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) fail(pipe, CSANDBOX_NO_NEW_PRIVILEGES, errno);
   // A change of identity clears this setting and exec does not (no set-user-ID program is run), so it stands here.
   if (prctl(PR_SET_PDEATHSIG, launch->parent_death_signal, 0, 0, 0) < 0) fail(pipe, CSANDBOX_PARENT_DEATH, errno);
-  if (getppid() != parent) fail(pipe, CSANDBOX_PARENT_DEATH, ESRCH); // it died before we asked to be told
-  char *const nothing[] = {NULL};
-  syscall(SYS_execveat, executable, "", launch->arguments, nothing, 0x1000 /* AT_EMPTY_PATH */);
+  if (is_orphan(launch, pipe, parent.pid)) fail(pipe, CSANDBOX_PARENT_DEATH, ESRCH); // it died before we asked to be told
+  if (executable < 0) _exit(0);
+  // Swift's runtime would look for its crash reporter by /proc/self/exe, and dies where there is no /proc.
+  char *const environment[] = {"SWIFT_BACKTRACE=enable=no,swift-backtrace=/", NULL};
+  syscall(SYS_execveat, executable, "", launch->arguments, environment, 0x1000 /* AT_EMPTY_PATH */);
   fail(pipe, CSANDBOX_EXEC, errno);
 }
 
@@ -126,9 +228,9 @@ int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report
   int ends[2];
   if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) return -errno;
   int handle = -1;
-  pid_t parent = getpid();
+  struct parent parent = {.pid = getpid(), .uid = geteuid(), .gid = getegid()};
   struct clone_args arguments = {
-      .flags = CLONE_PIDFD,
+      .flags = CLONE_PIDFD | launch->namespaces,
       .pidfd = (uint64_t)(uintptr_t)&handle,
       .exit_signal = SIGCHLD,
   };

@@ -41,7 +41,7 @@ package enum ConsoleProgram {
         carrier = try SerialCarrier.make(
           stream: OwnedFD.inherited(number), port: ConsolePort(sink), signals: signals, control: control)
       } catch { throw .system(error) }
-      try announce()
+      try announce(SystemCallNeeds([.console]))
       do throws(SystemError) { _ = try carrier.run() } catch { throw .system(error) }
       return 0
     }

@@ -150,15 +150,13 @@ package final class ConsoleSink {
   /// The next client of a listening socket, or nil when none waits.
   func accept() throws(SystemError) -> OwnedFD? {
     guard kind == .socket, let number = input.number else { return nil }
-    let result = clinux_accept(number)
+    let result = clinux_accept_nonblocking(number)
     if result < 0 {
       let error = Errno(-result)
       if error == .again || error == .interrupted || error == Errno(ECONNABORTED) { return nil }
       throw SystemError("accept a console client", error)
     }
-    let fd = OwnedFD(owning: result)
-    try fd.setNonBlocking(true)
-    return fd
+    return OwnedFD(owning: result)
   }
 }
 

@@ -41,6 +41,8 @@ package final class VirtioConsole: DeviceBackend {
     return DeviceProfile(device: .console, queueCount: 2, features: features)
   }
 
+  package var systemCalls: SystemCallNeeds { SystemCallNeeds([.console]) }
+
   package var configuration: [UInt8] {
     var space = ConsoleConfiguration()
     space.columns = windowSize?.columns ?? 0

@@ -45,6 +45,9 @@ extension VMConfiguration {
       if console == .tty, serial == .tty {
         throw .conflict("--console tty", "--serial tty", remedy: "give one of them pty, file=, socket=, null or off")
       }
+      if result.isHardened, let mode = result.sandbox, mode != .on {
+        throw .conflict("--hardened", "--sandbox \(mode.rawValue)", remedy: "leave out one of them")
+      }
       // The terminal goes to the console unless the serial port asked for it.
       result.console = console ?? (serial == .tty ? .null : .tty)
       result.serial = serial ?? .null

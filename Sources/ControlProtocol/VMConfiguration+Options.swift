@@ -217,6 +217,18 @@ extension VMConfiguration {
       if let time = try values.number("reply", in: range) { draft.result.deadlines.reply = UInt32(time) }
     },
     Option(
+      "sandbox", .text("MODE"), group: "Running",
+      summary: "walls around the VM's processes: on; off or log for debugging",
+      example: "--sandbox on"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard let mode = Sandbox(rawValue: values.text) else { throw values.badText("on, off or log") }
+      draft.result.sandbox = mode
+    },
+    Option(
+      "hardened", .none, group: "Running", summary: "refuse to start where the host lacks a part of the walls",
+      example: "--hardened"
+    ) { (draft, _) throws(ConfigurationError) in draft.result.isHardened = true },
+    Option(
       "uid-base", .text("UID"), group: "Running",
       summary: "first of 60 uids for the VM's processes when run as root", example: "--uid-base 1900000000"
     ) { (draft, values) throws(ConfigurationError) in

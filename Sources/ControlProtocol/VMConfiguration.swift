@@ -83,6 +83,13 @@ package struct VMConfiguration: Equatable, Sendable {
     package var reply: UInt32 = 5000
   }
 
+  /// How the processes are walled in.
+  package enum Sandbox: String, CaseIterable, Sendable {
+    case on, off
+    /// What the walls forbid is done and written to the kernel's log.
+    case log
+  }
+
   package var name = "vm"
   package var kernel = ""
   package var initramfs: String?
@@ -98,6 +105,10 @@ package struct VMConfiguration: Equatable, Sendable {
   package var control: String?
   package var restartsOnReset = true
   package var deadlines = Deadlines()
+  /// nil: not said.
+  package var sandbox: Sandbox?
+  /// No start without the full set of walls.
+  package var isHardened = false
   /// First uid of the range for this VM's processes; nil lets the supervisor choose.
   package var uidBase: UInt32?
 

@@ -1,7 +1,16 @@
+import CLinux
 import Glibc
 
 /// The program that is running.
 public enum OwnProgram {
+  /// The whole command line, the program's name first, without /proc. Before a process title is set: it stands in their place.
+  public static var arguments: [String] {
+    var result: [String] = []
+    // SAFETY: the kernel's NUL-terminated strings; nil behind the last.
+    while let text = unsafe clinux_argument(CInt(result.count)) { result.append(unsafe String(cString: text)) }
+    return result
+  }
+
   /// The directory of `/proc/self/exe`: Martlet's programs find each other beside themselves.
   public static func directory() throws(SystemError) -> String {
     var buffer = [CChar](repeating: 0, count: 4096)

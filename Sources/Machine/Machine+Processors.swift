@@ -5,12 +5,15 @@ import KVM
 extension Machine {
   /// Starts the processors' threads, which set their processors up (so that loading the payload can go on meanwhile) and
   /// wait. Call `waitUntilReady` before anything else is asked of them.
-  package func startProcessors() throws(MachineError) {
+  /// - Parameter closing: what each thread gives up before it first runs a guest; called on it.
+  package func startProcessors(
+    closing: @escaping @Sendable () throws(SystemError) -> Void = {}
+  ) throws(MachineError) {
     let cpuid = boot.preparedCPUID(tscFrequency: processors[0].vcpu.tscFrequency())
     for processor in processors {
       do {
         processor.thread = try HostThread.start(name: "vcpu\(processor.id)") { [self] in
-          processorThread(processor, cpuid)
+          processorThread(processor, cpuid, closing)
         }
       } catch {
         // Those that run already end, so that nobody waits for the ones that never came.
@@ -85,12 +88,19 @@ extension Machine {
 
   // MARK: threads
 
-  private func processorThread(_ processor: Processor, _ cpuid: CPUIDTable) {
+  private func processorThread(
+    _ processor: Processor, _ cpuid: CPUIDTable, _ closing: () throws(SystemError) -> Void
+  ) {
     Signals.unblock(Kick.signal)
     do {
       try processor.setUp(boot, cpuid)
     } catch {
       control.reportFailure(.kvm(error))
+    }
+    do {
+      try closing()
+    } catch {
+      control.reportFailure(.system(error))
     }
     runLoop(processor)
     control.reportEnd()

@@ -1,6 +1,7 @@
 import ControlProtocol
 import HostSystem
 import Machine
+import Sandbox
 
 extension Core {
   func handle(_ message: SupervisorMessage, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors) {
@@ -50,16 +51,21 @@ extension Core {
     }
     do {
       let guest = try GuestMachine(
-        configuration, kvm: kvm, kernel: kernel, initramfs: descriptors.takeFirst())
+        configuration, kvm: kvm, kernel: kernel, initramfs: descriptors.takeFirst(), walls: walls)
       try watch(guest.machine)
       self.guest = guest
       self.configuration = configuration
-      // Place for Landlock and the system-call filter: every thread has started and reported ready, everything that is
-      // opened is open. Device sockets and streams arrive as descriptors.
+      try closeCalls()
       answer(.ready, sequence)
     } catch {
       fail(error, sequence: sequence)
     }
+  }
+
+  /// The last wall of the main thread. Every other thread has closed itself in and waits; what comes from here on (sockets of
+  /// back ends, streams) comes as descriptors, and no word of a back end has been read yet.
+  private func closeCalls() throws(CoreError) {
+    do { try ProcessWalls.closeCallsOfThread([.base, .core], walls) } catch { throw .host(error.message) }
   }
 
   private func watch(_ machine: Machine) throws(CoreError) {

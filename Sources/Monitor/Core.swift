@@ -2,6 +2,7 @@ import ControlProtocol
 import FrontEnd
 import HostSystem
 import Machine
+import Sandbox
 import VirtioTransport
 
 /// The core: control channel, VM and devices on one event loop.
@@ -42,7 +43,10 @@ final class Core {
   var endDeadline: MonotonicTime?
   var endSequence: UInt32?
 
-  init(_ socket: consuming OwnedFD) throws(SystemError) {
+  let walls: WallMode
+
+  init(_ socket: consuming OwnedFD, _ walls: WallMode = .off) throws(SystemError) {
+    self.walls = walls
     loop = try EventLoop()
     timer = try Timer()
     channel = ControlChannel(socket)

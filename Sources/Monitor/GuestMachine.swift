@@ -4,6 +4,7 @@ import FrontEnd
 import HostSystem
 import KVM
 import Machine
+import Sandbox
 import VMMemory
 import VhostUser
 
@@ -20,7 +21,7 @@ final class GuestMachine {
   /// Order matters for speed: the processors' threads set their processors up while the payload is being read.
   init(
     _ configuration: CoreConfiguration, kvm: consuming OwnedFD, kernel kernelFD: consuming OwnedFD,
-    initramfs initramfsFD: consuming OwnedFD?
+    initramfs initramfsFD: consuming OwnedFD?, walls: WallMode = .off
   ) throws(CoreError) {
     let system = try Self.system(kvm)
     let cpuid = try Self.cpuid(system)
@@ -48,7 +49,9 @@ final class GuestMachine {
       sharedMemory = SharedGuestMemory(
         regions: ram.memory.regions.map { ($0.guestAddress.rawValue, $0.byteCount, $0.fileOffset) },
         file: try Self.shared(ram.fd))
-      try machine.startProcessors()
+      try machine.startProcessors { () throws(SystemError) in
+        do throws(SandboxError) { try ProcessWalls.closeCallsOfThread([.processor], walls) } catch { throw error.systemError }
+      }
     } catch {
       throw CoreError(error)
     }

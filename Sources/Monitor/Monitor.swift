@@ -26,8 +26,9 @@ package enum CoreProgram {
     do {
       let socket = try OwnedFD.inherited(parsed.channel)
       try ProcessWalls.raise(title: parsed.title)
+      try ProcessWalls.closeFiles(parsed.walls)
       Signals.ignoreBrokenPipes()
-      return try serve(socket)
+      return try serve(socket, walls: parsed.walls)
     } catch let error as SandboxError {
       Log.error(error.message)
     } catch let error as SystemError {
@@ -39,8 +40,8 @@ package enum CoreProgram {
   }
 
   /// Serves one supervisor on the calling thread until the VM has ended; returns the exit code.
-  package static func serve(_ channel: consuming OwnedFD) throws(SystemError) -> Int32 {
-    try Core(channel).run()
+  package static func serve(_ channel: consuming OwnedFD, walls: WallMode = .off) throws(SystemError) -> Int32 {
+    try Core(channel, walls).run()
   }
 }
 
@@ -52,6 +53,8 @@ package struct CoreArguments: Equatable, Sendable {
 
   package var channel: Int32 = -1
   package var title: String?
+  /// How strictly it walls itself in once the machine exists.
+  package var walls = WallMode.off
 
   package init(channel: Int32 = -1, title: String? = nil) {
     self.channel = channel
@@ -66,6 +69,11 @@ package struct CoreArguments: Equatable, Sendable {
           return .failure(Mistake(description: "--fd=\(text) is no descriptor number; the supervisor starts this program"))
         }
         result.channel = number
+      } else if let text = argument.value(of: "--sandbox") {
+        guard let mode = WallMode(rawValue: text) else {
+          return .failure(Mistake(description: "--sandbox=\(text) is not on, off or log"))
+        }
+        result.walls = mode
       } else if let text = argument.value(of: "--title") {
         result.title = text
       } else {

@@ -54,6 +54,8 @@ package final class NetworkCard: DeviceBackend {
     return profile
   }
 
+  package var systemCalls: SystemCallNeeds { SystemCallNeeds([.net]) }
+
   package var configuration: [UInt8] {
     var space = NetConfiguration()
     if let mac = identity.mac { space.mac = mac }

@@ -23,6 +23,11 @@ package struct ChildLaunch: Sendable {
   package var identity: ChildIdentity?
   /// RLIMIT_NOFILE of the child.
   package var fileLimit: UInt64
+  /// RLIMIT_NPROC: threads, the kernel's io_uring workers among them. Only set for a uid or a user namespace of its own,
+  /// because the kernel counts by them.
+  package var threadLimit: UInt64?
+  /// What of the host it does not see.
+  package var namespaces: Namespaces = []
   /// What the child gets when the launcher dies.
   package var parentDeathSignal: CInt
 
@@ -31,8 +36,10 @@ package struct ChildLaunch: Sendable {
 
   package init(
     arguments: [String], descriptors: [CInt], identity: ChildIdentity? = nil, fileLimit: UInt64 = 256,
-    parentDeathSignal: CInt = 9
+    parentDeathSignal: CInt = 9, namespaces: Namespaces = [], threadLimit: UInt64? = nil
   ) {
+    self.namespaces = namespaces
+    self.threadLimit = threadLimit
     self.arguments = arguments
     self.descriptors = descriptors
     self.identity = identity
@@ -43,6 +50,18 @@ package struct ChildLaunch: Sendable {
   /// Starts the process and returns at once; whether exec succeeded is learnt from `StartedChild.poll`.
   /// Must be called on the main thread: the parent-death signal follows the thread that forked.
   package func start(_ executable: borrowing OwnedFD) throws(SandboxError) -> StartedChild {
+    try start(executable.rawValue)
+  }
+
+  /// Walks through all steps but exec and waits for the outcome: nil when they all work here.
+  package func attempt() throws(SandboxError) -> (Stage, Errno)? {
+    let child = try start(-1)
+    _ = child.process.waitForEnd()
+    guard case .failed(let stage, let errno) = child.poll() else { return nil }
+    return (stage, errno)
+  }
+
+  private func start(_ executable: CInt) throws(SandboxError) -> StartedChild {
     precondition(descriptors.count <= Self.descriptorLimit, "No process is given more than 32 descriptors.")
     var pidfd: CInt = -1
     var report: CInt = -1
@@ -59,10 +78,12 @@ package struct ChildLaunch: Sendable {
       unsafe pointers.append(nil)
       return unsafe pointers.withUnsafeBufferPointer { argv in
         unsafe descriptors.withUnsafeBufferPointer { numbers in
+          let isCountedAlone = identity != nil || namespaces.contains(.user)
           var launch = unsafe csandbox_launch(
-            executable: executable.rawValue, arguments: argv.baseAddress, descriptors: numbers.baseAddress,
+            executable: executable, arguments: argv.baseAddress, descriptors: numbers.baseAddress,
             descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
-            gid: identity?.gid ?? 0, file_limit: fileLimit, parent_death_signal: parentDeathSignal)
+            gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
+            namespaces: namespaces.rawValue, parent_death_signal: parentDeathSignal)
           return unsafe csandbox_start(&launch, &pidfd, &report)
         }
       }

@@ -124,8 +124,8 @@ struct DevicePlanner {
     case .off, .null: return TerminalPlan(arguments: ["--null"], resources: [], isOnTerminal: false)
     case .tty:
       // Our standard input and output, whatever they are; closed ones read as ended.
-      let input = try Self.inherited(0)
-      let output = try Self.inherited(1)
+      let input = FDBox(try guardian.inherited(0))
+      let output = FDBox(try guardian.inherited(1))
       return TerminalPlan(
         arguments: ["--tty-in-fd=\(n)", "--tty-out-fd=\(n + 1)"], resources: [input, output], isOnTerminal: true)
     case .pty:
@@ -139,11 +139,6 @@ struct DevicePlanner {
       let listener = try guardian.listen(at: path, option: "\(option) socket")
       return TerminalPlan(arguments: ["--listen-fd=\(n)"], resources: [FDBox(listener)], isOnTerminal: false)
     }
-  }
-
-  private static func inherited(_ number: CInt) throws(SupervisionError) -> FDBox {
-    let result = clinux_fcntl(number, F_DUPFD_CLOEXEC, 3)
-    return FDBox(result >= 0 ? OwnedFD(owning: result) : try HostFiles.null())
   }
 
   /// Always the same for the same names: locally administered, unicast, five bytes of an FNV-1a hash.

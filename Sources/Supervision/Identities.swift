@@ -57,6 +57,9 @@ package struct Identities: Sendable {
     base = candidate
   }
 
+  /// One of them, for a trial; nil when ids are kept.
+  var example: ChildIdentity? { base.map { ChildIdentity(uid: $0, gid: $0) } }
+
   /// The next identity; nil when ids are kept.
   package mutating func next() -> ChildIdentity? {
     guard let base else { return nil }

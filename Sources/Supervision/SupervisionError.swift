@@ -52,6 +52,8 @@ package enum SupervisionError: Error, Sendable {
   case coreLost(ProcessEnd)
   /// The uid range does not fit.
   case identities(String)
+  /// Parts of the walls are not to be had here, and `--hardened` wants all.
+  case notHardened(lacks: [String])
   /// A kernel call that fails only when the host is exhausted.
   case system(SystemError)
 
@@ -60,7 +62,8 @@ package enum SupervisionError: Error, Sendable {
     case .file, .wrongKind, .empty, .tooLarge, .imageInUse, .tapMissing, .tapBusy, .notATap, .tap, .backendSocket,
       .ownSocket:
       .resource
-    case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .system: .host
+    case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .notHardened, .system:
+      .host
     case .notReady, .endedEarly: .device
     case .core(let kind, _):
       switch kind {
@@ -125,6 +128,9 @@ package enum SupervisionError: Error, Sendable {
     case .coreProtocol(let error): "\(error.message); are all programs of one version?"
     case .coreLost(let end): "The core process \(end); the VM has ended"
     case .identities(let sentence): sentence
+    case .notHardened(let lacks):
+      "This host cannot build all walls, and --hardened wants them: \(lacks.joined(separator: ". ")). "
+        + "Mend the host or leave out --hardened"
     case .system(let error): error.description
     }
   }

@@ -84,6 +84,8 @@ extension Supervisor {
       .init("state", .string(information?.state.name ?? (phase == .starting ? "starting" : "ending"))),
       .init("cpus", .unsigned(UInt64(configuration.cpuCount))), .init("memory", .unsigned(configuration.memorySize)),
       .init("kernel", .string(configuration.kernel)), .init("supervisor", .unsigned(UInt64(getpid()))),
+      .init("sandbox", .string(walls.mode.rawValue)),
+      .init("namespaces", .array(walls.namespaces.names.map { .string($0) })),
     ]
     if let information {
       members.append(.init("uptime_ns", .unsigned(information.uptime)))
@@ -102,10 +104,12 @@ extension Supervisor {
     case .ready: state = "running"
     case .ended(let end): state = end.description
     }
+    let ready = process.readyTime.map { UInt64(clamping: $0.since(process.startTime).nanoseconds) }
     return [
       .init("id", .string(process.id)), .init("program", .string(process.program)),
       .init("pid", .unsigned(UInt64(process.processID))),
       .init("uid", .unsigned(UInt64(process.identity?.uid ?? geteuid()))), .init("process", .string(state)),
+      .init("ready_ns", ready.map { .unsigned($0) } ?? .null),
     ]
   }
 

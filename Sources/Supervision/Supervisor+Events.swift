@@ -37,7 +37,8 @@ extension Supervisor {
     case .pending: return
     case .executed: break
     case .failed(let stage, let errno):
-      throw .launch("Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)")
+      let remedy = walls.mode == .off ? "" : stage.remedy
+      throw .launch("Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)\(remedy)")
     }
     dropReport(process)
   }
@@ -55,6 +56,7 @@ extension Supervisor {
     loop.remove(number: number)
     process.closeReadyPipe()
     guard isReady else { return }
+    process.readyTime = .now
     try handOver(index)
     try sendStartIfComplete()
   }
@@ -73,6 +75,7 @@ extension Supervisor {
     guard let end = process.collect() else { return }
     loop.remove(number: process.endNumber)
     dropReport(process)
+    if end == .killed(signal: SIGSYS), walls.mode != .off { say(.error, walls.violation(process)) }
     switch phase {
     case .starting:
       if index == coreIndex {
@@ -131,6 +134,7 @@ extension Supervisor {
     case .ready:
       coreIsReady = true
       core?.markReady()
+      core?.readyTime = .now
       try sendStartIfComplete()
     case .started:
       if phase == .starting { phase = .running }

@@ -9,6 +9,9 @@ extension Supervisor {
   private static let coreFileLimit: UInt64 = 16384
   /// Of a back end: up to 256 queues with kick, call and error, and its own few.
   private static let deviceFileLimit: UInt64 = 1024
+  /// RLIMIT_NPROC of a back end: for each queue a thread and the kernel's workers of its ring (16 of each of two kinds).
+  private static let threadsPerQueue: UInt64 = 33
+  private static let spareThreads: UInt64 = 16
 
   /// Opens, then starts. Nothing is started before everything that can be missing has been found.
   func start() throws(SupervisionError) {
@@ -55,9 +58,12 @@ extension Supervisor {
   ) throws(SupervisionError) {
     let pair = try Self.pair(.sequencedPacket)
     var launch = ChildLaunch(
-      arguments: ["martlet-core", "--fd=3", "--title=vm/\(configuration.name)/core"],
-      descriptors: [null.rawValue, null.rawValue, 2, pair.second.rawValue], identity: identities.next())
+      arguments: ["martlet-core", "--fd=3"] + walls.arguments + ["--title=vm/\(configuration.name)/core"],
+      descriptors: [null.rawValue, null.rawValue, 2, pair.second.rawValue], identity: identities.next(),
+      namespaces: walls.namespaces)
     launch.fileLimit = Self.coreFileLimit
+    // KVM makes a thread of its own in the process that runs guests.
+    launch.threadLimit = UInt64(configuration.cpuCount) + Self.spareThreads
     coreIndex = processes.count
     try launchProcess("core", "martlet-core", launch, readyPipe: nil, isOnTerminal: false)
     let channel = CoreChannel(pair.first)
@@ -83,7 +89,7 @@ extension Supervisor {
       let pair = try Self.pair(.stream)
       let index = try startBackEnd(
         device.assignment.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
-        isOnTerminal: isOnTerminal)
+        queueCount: device.assignment.queueSizes.count, isOnTerminal: isOnTerminal)
       waitingSockets[index] = (device.assignment, FDBox(pair.first))
     }
   }
@@ -99,8 +105,9 @@ extension Supervisor {
   /// Starts a device program; our copies of its descriptors are closed at once.
   private func startBackEnd(
     _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
-    _ null: borrowing OwnedFD, isOnTerminal: Bool
+    _ null: borrowing OwnedFD, queueCount: Int = 1, isOnTerminal: Bool
   ) throws(SupervisionError) -> Int {
+    let threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
     var ends: [CInt] = [-1, -1]
     // SAFETY: room for the two numbers that the call stores.
     let result = unsafe clinux_pipe(&ends, O_CLOEXEC | O_NONBLOCK)
@@ -108,10 +115,10 @@ extension Supervisor {
     let reading = OwnedFD(owning: ends[0])
     let writing = OwnedFD(owning: ends[1])
     let launch = ChildLaunch(
-      arguments: [program] + arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
+      arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
       descriptors: [null.rawValue, null.rawValue, 2, socket, writing.rawValue] + resources.map(\.number),
       identity: identities.next(), fileLimit: Self.deviceFileLimit,
-      parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL)
+      parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL, namespaces: walls.namespaces, threadLimit: threadLimit)
     let index = processes.count
     try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal)
     for resource in resources { resource.close() }
@@ -123,7 +130,9 @@ extension Supervisor {
   ) throws(SupervisionError) {
     let executable = try programs.open(program)
     let child: StartedChild
-    do { child = try launch.start(executable) } catch { throw .launch(error.message) }
+    do { child = try launch.start(executable) } catch {
+      throw .launch(error.message + (walls.mode == .off ? "" : Stage.fork.remedy))
+    }
     let process = VMProcess(
       id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
       readyPipe: readyPipe, startTime: .now)

@@ -40,6 +40,8 @@ package final class Supervisor {
   let configuration: VMConfiguration
   let programs: Programs
   var identities: Identities
+  /// What the processes are walled in with.
+  let walls: Walls
   var loop: EventLoop<Token>
   let signals: OwnedFD
   let guardian: TerminalGuard
@@ -74,6 +76,7 @@ package final class Supervisor {
     self.configuration = configuration
     programs = try Programs()
     identities = try Identities(requested: configuration.uidBase)
+    walls = try Walls(configuration, identities)
     loop = try attempt { () throws(SystemError) in
       try EventLoop<Token>()
     } or: {

@@ -15,6 +15,8 @@ final class TerminalGuard {
   private var hasGuardian = false
   private var pipe: OwnedFD?
   private let title: String
+  /// Descriptors whose description we share with the shell and made non-blocking.
+  private var madeNonBlocking: [CInt] = []
 
   /// - Parameter usesTerminal: a console or the serial port is on our terminal.
   init(title: String, usesTerminal: Bool) {
@@ -37,6 +39,26 @@ final class TerminalGuard {
       try remember(path)
       return fd
     } catch { throw .ownSocket(option: option, path: path, error.errno) }
+  }
+
+  /// A descriptor of our own for standard input or output, non-blocking. A terminal is opened anew where that is allowed,
+  /// because the mode belongs to a description that the shell shares; where it is not, the mode is put back at the end. Done
+  /// here: the console's process sees no /proc and may not change the mode behind its walls.
+  func inherited(_ number: CInt) throws(SupervisionError) -> OwnedFD {
+    let copy = clinux_fcntl(number, F_DUPFD_CLOEXEC, 3)
+    guard copy >= 0 else { return try HostFiles.null() }
+    let fd = OwnedFD(owning: copy)
+    guard let kind = try? fd.status().kind, kind != .regular else { return fd }
+    let flags = clinux_fcntl(number, F_GETFL, 0)
+    if kind == .characterDevice || kind == .pipe,
+      let own = try? OwnedFD.open("/proc/self/fd/\(number)", flags & O_ACCMODE | O_NONBLOCK | O_NOCTTY)
+    {
+      return own
+    }
+    if flags >= 0, flags & O_NONBLOCK == 0, clinux_fcntl(number, F_SETFL, CLong(flags | O_NONBLOCK)) >= 0 {
+      madeNonBlocking.append(number)
+    }
+    return fd
   }
 
   /// The file's identity goes to the guardian, so that it never unlinks somebody else's socket of that name.
@@ -79,6 +101,11 @@ final class TerminalGuard {
       _ = unsafe unlink(file.path)
     }
     files = []
+    for number in madeNonBlocking {
+      let flags = clinux_fcntl(number, F_GETFL, 0)
+      if flags >= 0 { _ = clinux_fcntl(number, F_SETFL, CLong(flags & ~O_NONBLOCK)) }
+    }
+    madeNonBlocking = []
     if terminal >= 0 {
       // SAFETY: `settings` was filled in `init`.
       _ = unsafe tcsetattr(terminal, TCSANOW, &settings)

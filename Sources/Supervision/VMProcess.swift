@@ -19,6 +19,7 @@ final class VMProcess {
   let isOnTerminal: Bool
   private(set) var state = State.starting
   let startTime: MonotonicTime
+  var readyTime: MonotonicTime?
 
   private let process: ProcessHandle
   /// Until exec has succeeded.

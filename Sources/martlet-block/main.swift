@@ -1,4 +1,5 @@
 import BlockDevice
 import Glibc
+import HostSystem
 
-exit(BlockProgram.run(CommandLine.arguments))
+exit(BlockProgram.run(OwnProgram.arguments))

@@ -1,4 +1,5 @@
 import ConsoleDevice
 import Glibc
+import HostSystem
 
-exit(ConsoleProgram.run(CommandLine.arguments))
+exit(ConsoleProgram.run(OwnProgram.arguments))

@@ -1,4 +1,5 @@
 import Glibc
+import HostSystem
 import Monitor
 
-exit(CoreProgram.run(CommandLine.arguments))
+exit(CoreProgram.run(OwnProgram.arguments))

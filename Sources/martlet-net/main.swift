@@ -1,4 +1,5 @@
 import Glibc
+import HostSystem
 import NetDevice
 
-exit(NetProgram.run(CommandLine.arguments))
+exit(NetProgram.run(OwnProgram.arguments))

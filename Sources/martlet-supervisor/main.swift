@@ -3,4 +3,4 @@ import Glibc
 import HostSystem
 import Supervision
 
-exit(Supervisor.main(Array(CommandLine.arguments.dropFirst())).rawValue)
+exit(Supervisor.main(Array(OwnProgram.arguments.dropFirst())).rawValue)

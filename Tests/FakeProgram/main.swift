@@ -7,7 +7,7 @@ import HostSystem
 import Sandbox
 import VirtioSpec
 
-let arguments = CommandLine.arguments
+let arguments = OwnProgram.arguments
 
 func value(_ option: String) -> String? {
   arguments.first { $0.hasPrefix("--\(option)=") }.map { String($0.dropFirst(option.utf8.count + 3)) }

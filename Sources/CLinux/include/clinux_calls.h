@@ -42,12 +42,16 @@ int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking);
 int clinux_tgkill(int process, int thread, int signal);
 int clinux_gettid(void);
 int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data);
+// fstat(2) by its own number; glibc makes newfstatat of it.
+int clinux_fstat(int fd, struct stat *status);
 // dup3(O_CLOEXEC): puts the object behind `fd` under `number`, atomically closing what was there.
 int clinux_dup3(int fd, int number);
 int clinux_fallocate(int fd, int mode, off_t offset, off_t length);
 ssize_t clinux_pwritev2(int fd, const struct iovec *parts, int count, off_t offset, int flags);
 // accept4(SOCK_CLOEXEC), the address not wanted.
 int clinux_accept(int listener);
+// accept4(SOCK_CLOEXEC | SOCK_NONBLOCK).
+int clinux_accept_nonblocking(int listener);
 // fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 int clinux_punch_hole(int fd, off_t offset, off_t length);
 

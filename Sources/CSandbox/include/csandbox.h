@@ -11,8 +11,11 @@ enum csandbox_step {
   CSANDBOX_SESSION,
   CSANDBOX_SIGNALS,
   CSANDBOX_DESCRIPTORS,
+  CSANDBOX_USER_MAP,
   CSANDBOX_DIRECTORY,
+  CSANDBOX_HOST_NAME,
   CSANDBOX_LIMITS,
+  CSANDBOX_SECURE_BITS,
   CSANDBOX_IDENTITY,
   CSANDBOX_VERIFICATION,
   CSANDBOX_NO_NEW_PRIVILEGES,
@@ -34,6 +37,11 @@ struct csandbox_launch {
   uint32_t gid;
   // RLIMIT_NOFILE, soft and hard.
   uint64_t file_limit;
+  // RLIMIT_NPROC, soft and hard; 0: as it is. Counts all of the uid's threads, so only for a uid or user namespace of its own.
+  uint64_t process_limit;
+  // CLONE_NEW... of linux/sched.h. With CLONE_NEWUSER the launcher's ids are mapped to themselves and nothing else is;
+  // with CLONE_NEWNS the child gets an empty read-only root; with CLONE_NEWUTS a host name that says nothing.
+  uint64_t namespaces;
   // Sent to the child when the launching thread ends.
   int parent_death_signal;
 };
@@ -46,6 +54,7 @@ struct csandbox_report {
 
 // clone3(CLONE_PIDFD). Returns the process id; the pidfd and the reading end of the report pipe are stored and owned by
 // the caller, both close-on-exec. -errno when there is no child.
+// With executable < 0 nothing is executed: the child exits with 0 when every step before has worked.
 int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report);
 
 #endif

@@ -1,0 +1,37 @@
+import Glibc
+import Sandbox
+import Supervision
+import Testing
+
+/// What a process can still do once its filter stands, by the kernel's own answer.
+@Suite(.enabled(if: Hostile.canRun, "The stand-in is not built."))
+struct FilterTests {
+  /// Attacks that a role's own work needs the call for. The core gives guest memory back itself.
+  private static let allowed: [String: [String: String]] = [
+    "core": ["punch_memory": "got 0"], "block-calls": ["punch_memory": "got 0"],
+  ]
+
+  @Test(arguments: Hostile.roles.map(\.name))
+  func everyAttackEndsTheProcess(role: String) throws {
+    let lists = try #require(Hostile.roles.first { $0.name == role }).lists
+    let hostile = try Hostile(lists, namespaces: Hostile.host.namespaces, files: true, victim: getpid())
+    #expect(hostile.outcomes.count > 70)
+    for (attack, outcome) in hostile.outcomes.sorted(by: { $0.key < $1.key }) {
+      #expect(outcome == Self.allowed[role]?[attack] ?? "killed 31", "\(attack) as \(role)")
+    }
+  }
+
+  @Test(arguments: Hostile.roles.map(\.name))
+  func callsOutsideTheListAndAlteredArgumentsEndInSIGSYSAndOthersDoNot(role: String) throws {
+    let lists = try #require(Hostile.roles.first { $0.name == role }).lists
+    let hostile = try Hostile(lists, what: "sweep", namespaces: Hostile.host.namespaces, files: true, victim: getpid())
+    #expect(hostile.lines == [])
+  }
+
+  @Test func rolesHaveFewCalls() {
+    func count(_ lists: [SystemCallList]) -> Int { Set(lists.flatMap(\.rules).map(\.number)).count }
+    // Firecracker's vCPU thread has 27 calls.
+    #expect(count([.processor]) < 27)
+    for role in Hostile.roles { #expect(count(role.lists) <= 40, "\(role.name) has \(count(role.lists))") }
+  }
+}
