@@ -40,6 +40,7 @@ extension Supervisor {
       let limit = Duration.milliseconds(configuration.deadlines.ready)
       for process in processes where process.state == .starting { consider(process.startTime.advanced(by: limit)) }
       if let time = startDeadline { consider(time) }
+      if let first = quietEnds.first { consider(first.deadline) }
     case .endingCore(let time), .endingDevices(let time, _): consider(time)
     case .running: if let first = quietEnds.first { consider(first.deadline) }
     case .ended: break
@@ -58,6 +59,7 @@ extension Supervisor {
     expireRequests(now)
     switch phase {
     case .starting:
+      try reportQuietEnds(now)
       let limit = configuration.deadlines.ready
       for process in processes
       where process.state == .starting && process.startTime.advanced(by: .milliseconds(limit)) <= now {
@@ -83,7 +85,7 @@ extension Supervisor {
         }
       }
       phase = signalled ? .ended : .endingDevices(now.advanced(by: Self.signalGrace), signalled: true)
-    case .running: reportQuietEnds(now)
+    case .running: try reportQuietEnds(now)
     default: break
     }
   }

@@ -77,19 +77,17 @@ extension Supervisor {
     dropReport(process)
     if end == .killed(signal: SIGSYS), walls.mode != .off { say(.error, walls.violation(process)) }
     switch phase {
-    case .starting:
-      if index == coreIndex {
-        throw end == .exited(code: 1) ? .endedEarly(process: "core", program: process.program, end: end) : .coreLost(end)
-      }
-      throw .endedEarly(process: process.id, program: process.program, end: end)
-    case .running:
-      if index == coreIndex { throw .coreLost(end) }
+    case .starting where index == coreIndex:
+      if end == .exited(code: 1) { throw .endedEarly(process: process.id, program: process.program, end: end) }
+      throw .coreLost(end)
+    case .running where index == coreIndex: throw .coreLost(end)
+    case .starting, .running:
       if end == .exited(code: 0) {
         // Usually because its socket ended: the core is dying, and a process closes its files before it can be waited
         // for. Only if the core lives on is it news.
         quietEnds.append((index, .now.advanced(by: Self.quietEndGrace)))
       } else {
-        report(process, end)
+        try report(process, end)
       }
     case .endingCore:
       if index == coreIndex { endDevices() }
@@ -100,15 +98,17 @@ extension Supervisor {
 
   private static let quietEndGrace = Duration.milliseconds(500)
 
-  private func report(_ process: VMProcess, _ end: ProcessEnd) {
+  /// A back end is gone: fatal before the guest runs, else told.
+  private func report(_ process: VMProcess, _ end: ProcessEnd) throws(SupervisionError) {
+    if phase == .starting { throw .endedEarly(process: process.id, program: process.program, end: end) }
     say(.warning, "\(process.program) of \(process.id) (pid \(process.processID)) \(end); the VM goes on without it")
   }
 
   /// Tells of devices that left without a sound while the core lives.
-  func reportQuietEnds(_ now: MonotonicTime) {
+  func reportQuietEnds(_ now: MonotonicTime) throws(SupervisionError) {
     while let entry = quietEnds.first, entry.deadline <= now {
       quietEnds.removeFirst()
-      if case .ended(let end) = processes[entry.index].state { report(processes[entry.index], end) }
+      if case .ended(let end) = processes[entry.index].state { try report(processes[entry.index], end) }
     }
   }
 

@@ -227,6 +227,7 @@ struct BadInputTests {
     ("core-early", 6, "The core process exited with code 3; the VM has ended"),
     ("core-die", 6, "The core process was killed by signal 11; the VM has ended"),
     ("core-garbage", 1, "A control message ends in the middle of a field; are all programs of one version?"),
+    ("dev-quiet", 5, "martlet-block of blk0 exited with code 0 before it was ready"),
     ("dev-crash", 5, "martlet-block of blk0 exited with code 3 before it was ready"),
     ("guest-crash", 7, "The guest crashed and cannot run any more; its console may say why"),
   ])
