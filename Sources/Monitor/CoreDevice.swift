@@ -27,6 +27,7 @@ final class CoreDevice {
     var configuration = FrontEndConfiguration(allowedFeatures: assignment.allowedFeatures)
     if assignment.configuration.isEmpty {
       configuration.configurationByteCount = Self.configurationByteCount(of: assignment.deviceType)
+      if assignment.deviceType == .block { configuration.configurationGrowth = BlockConfiguration.growth }
     } else {
       configuration.wantedProtocolFeatures.remove(.config)
     }
@@ -42,7 +43,7 @@ final class CoreDevice {
   private static func configurationByteCount(of device: DeviceID) -> Int {
     switch device {
     case .net: NetConfiguration.byteCount
-    case .block: BlockConfiguration.byteCount
+    case .block: BlockConfiguration.commonByteCount
     case .console: ConsoleConfiguration.byteCount
     case .balloon: BalloonConfiguration.byteCount
     case .fileSystem: FileSystemConfiguration.byteCount

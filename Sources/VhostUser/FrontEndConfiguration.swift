@@ -11,6 +11,9 @@ public struct FrontEndConfiguration: Sendable {
   public var requiredProtocolFeatures: ProtocolFeatures = []
   /// Bytes of the configuration space to read at first contact, if the back end has one; 0 to 256.
   public var configurationByteCount = 0
+  /// More of it where the back end offers a feature whose fields lie further on. Never asked for otherwise: back ends refuse
+  /// to read more than their own structure has, and that grew over the years.
+  public var configurationGrowth: [(feature: FeatureSet, byteCount: Int)] = []
   /// Gives the back end a channel on which it may say that its configuration changed, and nothing else.
   public var hearsConfigurationChanges = false
   /// What was negotiated at first contact, when this is a later one: the back end must offer at least that again.

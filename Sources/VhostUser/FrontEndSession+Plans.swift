@@ -113,7 +113,8 @@ extension FrontEndSession {
   }
 
   /// Sizes of all rings first (some back ends need them before the inflight area), then each ring with its kick last,
-  /// because the kick starts it; then all are enabled.
+  /// because the kick starts it. It is enabled before that: the driver may have made buffers available and kicked already,
+  /// and a network card drops what a ring that runs but is disabled contains.
   private func vringSteps(_ activation: BackEndActivation, bases: [VringState]) -> [Step] {
     var steps = activation.vrings.map { vring in
       step(.setVringNum(VringState(index: UInt32(vring.index), number: UInt32(vring.size))))
@@ -142,12 +143,8 @@ extension FrontEndSession {
       if let err = vring.err {
         steps.append(step(.setVringErr(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), [err]))
       }
+      if offer?.hasProtocolFeatures == true { steps.append(step(.setVringEnable(VringState(index: index, number: 1)))) }
       steps.append(step(.setVringKick(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), [vring.kick]))
-    }
-    if offer?.hasProtocolFeatures == true {
-      for vring in activation.vrings {
-        steps.append(step(.setVringEnable(VringState(index: UInt32(vring.index), number: 1))))
-      }
     }
     return steps
   }

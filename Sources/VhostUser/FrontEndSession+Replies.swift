@@ -52,8 +52,8 @@ extension FrontEndSession {
       } else {
         events.append(.configuration(offset: Int(config.offset), bytes: config.bytes))
       }
-    case (.getConfig, .configRefused):
-      if case .negotiate = running { throw .missingFeature("its configuration space, though it offers CONFIG") }
+    case (.getConfig(let asked), .configRefused):
+      if case .negotiate = running { throw .missingFeature("\(asked.bytes.count) bytes of configuration space, though it offers CONFIG") }
       events.append(.configurationRefused)
     case (.getVringBase(let asked), .vringState(let state)):
       guard state.index == asked.index else { throw .invalidValue(field: "ring index of GET_VRING_BASE", value: UInt64(state.index)) }
@@ -113,7 +113,11 @@ extension FrontEndSession {
     if agreed.contains(.mq) { steps.append(step(.getQueueNum)) }
     if agreed.contains(.configureMemSlots) { steps.append(step(.getMaxMemSlots)) }
     if agreed.contains(.config), configuration.configurationByteCount > 0 {
-      let bytes = [UInt8](repeating: 0, count: configuration.configurationByteCount)
+      var count = configuration.configurationByteCount
+      for growth in configuration.configurationGrowth where !growth.feature.isDisjoint(with: draft.features) {
+        count = max(count, growth.byteCount)
+      }
+      let bytes = [UInt8](repeating: 0, count: count)
       steps.append(step(.getConfig(ConfigMessage(offset: 0, bytes: bytes))))
     }
     if agreed.contains(.backEndRequests), let peer = channelPeer.take() {

@@ -104,7 +104,9 @@ public struct FrontEndSession: ~Copyable {
 
   public init(_ socket: consuming OwnedFD, _ configuration: FrontEndConfiguration) throws(VhostUserError) {
     precondition(
-      (0...ConfigMessage.maximumSpace).contains(configuration.configurationByteCount), "A configuration space has at most 256 bytes.")
+      ([configuration.configurationByteCount] + configuration.configurationGrowth.map(\.byteCount)).allSatisfy {
+        (0...ConfigMessage.maximumSpace).contains($0)
+      }, "A configuration space has at most 256 bytes.")
     self.configuration = configuration
     connection = Connection(socket, expecting: .nothing, descriptorLimit: 8)
     if configuration.hearsConfigurationChanges {

@@ -6,6 +6,10 @@
 public struct BlockConfiguration: Hashable, Sendable {
   /// Bytes of the whole structure.
   @inlinable public static var byteCount: Int { 96 }
+  /// Bytes that every device may have: to the end of the fields for write-zeroes.
+  @inlinable public static var commonByteCount: Int { 60 }
+  /// Features whose fields lie behind those, and where these fields end.
+  public static var growth: [(feature: FeatureSet, byteCount: Int)] { [(.blockSecureErase, 72), (.blockZoned, 96)] }
 
   /// Byte offsets of the fields.
   public enum Offset {

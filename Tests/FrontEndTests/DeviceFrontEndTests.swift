@@ -129,7 +129,7 @@ private final class Bench {
     #expect(bench.device.activeQueues == [0, 1])
     checkEqual(
       bench.backDevice.log,
-      ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 0", "start 1 size 64 base 0", "enable 0", "enable 1"])
+      ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 0 enabled", "start 1 size 64 base 0 enabled"])
     // The back end found the rings where the guest has them.
     let layout = bench.backDevice.layouts[1]
     #expect(layout?.descriptorTable == 0x1_0000_4000 && layout?.availableRing == 0x5000 && layout?.usedRing == 0x6000)
@@ -145,7 +145,7 @@ private final class Bench {
     bench.backDevice.log = []
     bench.startDriver(queues: [0])
     try bench.settle()
-    checkEqual(bench.backDevice.log, ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 0", "enable 0"])
+    checkEqual(bench.backDevice.log, ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 0 enabled"])
     #expect(bench.events == [])
   }
 

@@ -25,7 +25,7 @@ import VirtioSpec
     checkEqual(
       bench.device.log,
       [
-        "features [29, 32]", "memory 1", "start 0 size 64 base 0", "start 1 size 64 base 0", "enable 0", "enable 1",
+        "features [29, 32]", "memory 1", "start 0 size 64 base 0 enabled", "start 1 size 64 base 0 enabled",
       ])
 
     bench.device.log = []
@@ -45,7 +45,7 @@ import VirtioSpec
     bench.front.activate(try sampleActivation(rings: 1, object), now: bench.now)
     let again = try bench.run()
     #expect(again == [.activated])
-    checkEqual(bench.device.log, ["features [29, 32]", "memory 1", "start 0 size 64 base 0", "enable 0"])
+    checkEqual(bench.device.log, ["features [29, 32]", "memory 1", "start 0 size 64 base 0 enabled"])
   }
 
   @Test func withoutAcknowledgementsABarrierEndsEveryOperation() throws {
@@ -59,7 +59,7 @@ import VirtioSpec
     let events = try bench.run()
     check(events.contains(.activated))
     // The device saw all of it before the front end said so.
-    checkEqual(Array(bench.device.log.suffix(2)), ["enable 1", "write 3 [9]"])
+    checkEqual(Array(bench.device.log.suffix(2)), ["start 1 size 64 base 0 enabled", "write 3 [9]"])
     check(bench.front.isIdle)
   }
 
@@ -353,6 +353,31 @@ import VirtioSpec
     front.receive(now: .now)
     let event = front.nextEvent()
     #expect(event == .failed(.closed(midMessage: false)))
+  }
+
+  @Test(arguments: [([], 16), ([.blockZoned], 96), ([.blockSecureErase], 72)] as [(FeatureSet, Int)])
+  func noMoreOfTheConfigurationIsAskedForThanTheOfferedFeaturesHave(more: FeatureSet, count: Int) throws {
+    var configuration = standardConfiguration()
+    configuration.allowedFeatures.formUnion([.blockZoned, .blockSecureErase])
+    configuration.configurationGrowth = [(.blockSecureErase, 72), (.blockZoned, 96)]
+    configuration.wantedProtocolFeatures = [.config]
+    var peer = try ScriptedBackEnd(configuration)
+    peer.front.negotiate(now: peer.now)
+    var asked: Int?
+    while let message = try peer.nextOrNil() {
+      switch message {
+      case .getFeatures: peer.answer(.number(guestFeatures.union(more).union(.vhostUserProtocolFeatures).rawValue), to: 1)
+      case .getProtocolFeatures: peer.answer(.number(ProtocolFeatures.config.rawValue), to: 15)
+      case .getConfig(let message):
+        asked = message.bytes.count
+        peer.send(Reply.configRefused.header(to: 24).encoded, [])
+      default: break
+      }
+      peer.front.receive(now: peer.now)
+    }
+    #expect(asked == count)
+    let events = peer.events()
+    #expect(events == [.failed(.missingFeature("\(count) bytes of configuration space, though it offers CONFIG"))])
   }
 
   @Test func anInflightAreaOfAnImpossibleSizeIsRefused() throws {

@@ -54,6 +54,9 @@ class Machine:
     disks: list = field(default_factory=list)
     cards: list = field(default_factory=list)
     no_reboot: bool = False
+    # Where Martlet's console and serial port go; by default a terminal of this side's and the file `serial`.
+    console: str = "tty"
+    serial: str = None
 
 
 class Martlet:
@@ -63,7 +66,8 @@ class Martlet:
     def __init__(self, binaries, accelerator):
         self.binaries = Path(binaries)
 
-    def start(self, machine, place):
+    def start(self, machine, place, prefix=()):
+        """`prefix`: words of a program that runs it, such as one that becomes another user first."""
         words = [str(self.binaries / "martlet"), "run", "--kernel", str(machine.kernel)]
         if machine.initramfs:
             words += ["--initramfs", str(machine.initramfs)]
@@ -79,9 +83,11 @@ class Martlet:
         for card in machine.cards:
             keys = f"vhost_user=on,socket={card.socket}" if card.socket else f"tap={card.tap}"
             words += ["--net", keys + (f",mac={card.mac}" if card.mac else "")]
-        words += ["--console", "tty", "--serial", f"file={place / 'serial'}", "--control", str(place / "control")]
+        words += ["--console", machine.console, "--serial", machine.serial or f"file={place / 'serial'}"]
+        # Emulated and on a busy machine, loading a kernel takes longer than the few seconds that are patience enough elsewhere.
+        words += ["--control", str(place / "control"), "--deadline", "ready=60000,reply=60000"]
         words += ["--no-reboot"] if machine.no_reboot else []
-        return Running(words, place, self)
+        return Running(list(prefix) + words, place, self)
 
     def control(self, running, verb):
         """`martlet ctl VERB`; its output."""
@@ -90,6 +96,14 @@ class Martlet:
         if done.returncode != 0:
             raise Failure(f"martlet ctl {verb} ended with {done.returncode}: {(done.stdout + done.stderr).strip()}")
         return done.stdout
+
+    def ask(self, running, verb):
+        """The JSON answer to `martlet ctl VERB`."""
+        return json.loads(self.control(running, f"--json {verb}"))
+
+    def processes(self, running):
+        """Process numbers of a running machine by id: core, serial and the devices."""
+        return {one["id"]: one["pid"] for one in self.ask(running, "info")["processes"]}
 
     def power_button(self, running):
         self.control(running, "power-button")
@@ -102,7 +116,7 @@ class Qemu:
     def __init__(self, binaries, accelerator):
         self.accelerator = accelerator
 
-    def start(self, machine, place):
+    def start(self, machine, place, prefix=()):
         words = [
             "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,memory-backend=ram",
             "-accel", self.accelerator, "-cpu", "host" if self.accelerator == "kvm" else "max",
@@ -131,8 +145,10 @@ class Qemu:
                           "-netdev", f"vhost-user,id=n{number},chardev=net{number}"]
             else:
                 words += ["-netdev", f"tap,id=n{number},ifname={card.tap},script=no,downscript=no"]
-            words += ["-device", f"virtio-net-pci,netdev=n{number},disable-legacy=on,romfile={mac}"]
-        return Running(words, place, self)
+            words += ["-device", f"virtio-net-pci,netdev=n{number},disable-legacy=on,romfile={mac}" 
+                      # QEMU 7.2 loses a vhost-user card's first interrupts where it masks them by itself.
+                      + (",vectors=0" if card.socket else "")]
+        return Running(list(prefix) + words, place, self)
 
     def power_button(self, running):
         with socket.socket(socket.AF_UNIX) as control:
@@ -184,6 +200,24 @@ class Running:
                 raise Failure(f"the console did not show '{pattern}' within {seconds} s; {self.tail()}")
             if self._read(min(left, 1)) is None:
                 raise Failure(f"the machine ended before its console showed '{pattern}'; {self.tail()}")
+
+    def wait_for_stderr(self, pattern, seconds):
+        """Waits until the program has said `pattern` on standard error; its match."""
+        deadline = time.monotonic() + seconds
+        while True:
+            match = re.search(pattern, (self.place / "stderr").read_text(errors="replace"))
+            if match:
+                return match
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise Failure(f"standard error did not show '{pattern}'; {self.tail()}")
+            self.read_on(0.02)
+
+    def read_on(self, seconds):
+        """Reads the console for so long."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if self._read(left) is None:
+                break
 
     def type(self, text):
         """Types on the console; what it shows from now on begins at the returned byte."""

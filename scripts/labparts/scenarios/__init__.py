@@ -35,7 +35,7 @@ def scenario(purpose, limit):
 
 def all_scenarios():
     """All scenarios by name, in the order of their files."""
-    from . import boot, disk, net, console, power, foreign  # noqa: F401
+    from . import boot, disk, net, console, power, control, foreign  # noqa: F401
     return _scenarios
 
 
@@ -93,6 +93,11 @@ class Trial:
         path.write_bytes(self.images.initramfs_with(job, files))
         return path
 
+    def only_martlet(self):
+        """For scenarios about what QEMU has not, or calls otherwise."""
+        if self.vmm is not self.martlet:
+            raise Skip("about Martlet's own programs")
+
     def machine(self, job=None, files=None, cmdline=QUICK, **parts):
         """A machine whose guest runs `job`, a script; /checks.sh is sourced for it."""
         parts.setdefault("kernel", self.images.vmlinux)
@@ -102,8 +107,8 @@ class Trial:
 
     # Running things
 
-    def start(self, machine, on=None):
-        running = (on or self.vmm).start(machine, self.place)
+    def start(self, machine, on=None, prefix=()):
+        running = (on or self.vmm).start(machine, self.place, prefix)
         self.running.append(running)
         return running
 
@@ -154,6 +159,18 @@ class Trial:
                 return
             if time.monotonic() > deadline:
                 raise Failure(f"left running: {', '.join(left.values())}")
+            time.sleep(0.05)
+
+    def nothing_left_of(self, running, seconds=10):
+        """Once a machine has ended, however it did: no process of it, and none of the files it made."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = [one.name for one in self.place.iterdir() if one.is_socket()]
+            left += [words for words in vmm.children().values() if words.startswith("vm/")]
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise Failure(f"left behind: {', '.join(left)}")
             time.sleep(0.05)
 
     def tails(self):

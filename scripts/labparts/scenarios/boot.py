@@ -75,13 +75,29 @@ ALLOWED_KERNEL_LINES = [
 ]
 
 
-@scenario("a stock kernel with default options and every device logs no warning", 120)
+# Every device is used before the log is read.
+USE_ALL = """
+equal cpus 4 "$(nproc)"
+succeeds mkfs mkfs.ext4 -q /dev/$(disk a)
+refused read-only dd if=/dev/zero of=/dev/$(disk b) bs=4096 count=1 conv=fsync
+c=$(card 52:54:00:77:00:01)
+ip addr add 10.77.1.2/24 dev $c
+ip link set $c up
+succeeds ping ping -c 2 -w 20 10.77.1.1
+kernel_log
+pass log-read "$(dmesg | wc -l) lines"
+"""
+
+
+@scenario("a stock kernel with default options, 4 processors and every device in use logs no warning", 180)
 def kernel_log(trial):
     import re
     from . import Disk
-    machine = trial.machine("kernel_log\npass log-read", cmdline="console=ttyS0", cpus=2,
-                            disks=[Disk(trial.image("a", 8 << 20), serial="a")], cards=[trial.tap(1)])
-    result = trial.finish(trial.start(machine), 110, "log-read")
+    disks = [Disk(trial.image("a", 8 << 20), serial="a"), Disk(trial.image("b", 1 << 20), serial="b", readonly=True)]
+    machine = trial.machine(USE_ALL, cmdline="console=ttyS0", cpus=4, memory="512M", disks=disks, cards=[trial.tap(1), trial.tap(2)])
+    result = trial.finish(trial.start(machine), 170, "cpus mkfs read-only ping log-read")
+    if not result.kernel_log and "Linux version" not in (trial.place / "serial").read_text(errors="replace"):
+        raise Failure("no kernel log was read")
     bad = [line for line in result.kernel_log if not any(re.search(one, line) for one, _ in ALLOWED_KERNEL_LINES)]
     if bad:
         raise Failure(f"{len(bad)} lines in the kernel log: " + " / ".join(bad[:8]))
