@@ -18,6 +18,22 @@ final class FDBox {
   /// Gives it away.
   func take() -> OwnedFD? { fd.take() }
 
+  /// What one read gives, at most so many bytes; empty at the end. Nil when there is nothing to read yet.
+  func readOnce(limit: Int) -> [UInt8]? {
+    var buffer = [UInt8](repeating: 0, count: limit)
+    // SAFETY: the buffer is lent for the call.
+    let transfer =
+      switch fd {
+      case .some(let fd): unsafe buffer.withUnsafeMutableBytes { bytes in unsafe fd.read(into: bytes) }
+      case .none: Transfer.end
+      }
+    switch transfer {
+    case .bytes(let count): return Array(buffer[..<count])
+    case .wouldBlock: return nil
+    case .end, .failed: return []
+    }
+  }
+
   /// Closes it.
   func close() { _ = fd.take() }
 }

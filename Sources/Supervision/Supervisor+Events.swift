@@ -14,6 +14,22 @@ extension Supervisor {
     case .processEnd(let index): try handleEnd(index)
     case .controlListener: acceptClients()
     case .client(let id): handleClient(id)
+    case .escapeKey(let index): handleEscapeKey(index)
+    }
+  }
+
+  /// A person at our terminal typed the escape key: the VM ends as by `martlet ctl shutdown`.
+  private func handleEscapeKey(_ index: Int) {
+    guard let line = escapeLines[index], let word = line.readOnce(limit: 16) else { return }
+    // The word itself, or the end of the line: then the process is gone, or going.
+    loop.remove(number: line.number)
+    escapeLines.removeValue(forKey: index)?.close()
+    guard word == Array("quit\n".utf8) else { return }
+    if phase == .starting {
+      outcome = outcome ?? .success
+      phase = .ended
+    } else {
+      end(.success, askCore: true)
     }
   }
 

@@ -114,6 +114,15 @@ extension Supervisor {
     if result < 0 { throw .system(SystemError("make a pipe", Errno(-result))) }
     let reading = OwnedFD(owning: ends[0])
     let writing = OwnedFD(owning: ends[1])
+    var arguments = arguments
+    var resources = resources
+    var escapeLine: FDBox?
+    if isOnTerminal {
+      let pair = try Self.pair(.stream)
+      arguments.append("--control-fd=\(firstResource + resources.count)")
+      resources.append(FDBox(pair.second))
+      escapeLine = FDBox(pair.first)
+    }
     let launch = ChildLaunch(
       arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
       descriptors: [null.rawValue, null.rawValue, 2, socket, writing.rawValue] + resources.map(\.number),
@@ -122,6 +131,10 @@ extension Supervisor {
     let index = processes.count
     try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal)
     for resource in resources { resource.close() }
+    if let escapeLine {
+      try watch(escapeLine.number, .escapeKey(index))
+      escapeLines[index] = escapeLine
+    }
     return index
   }
 

@@ -17,6 +17,8 @@ package final class Supervisor {
     case launchReport(Int)
     case ready(Int)
     case processEnd(Int)
+    /// The line on which a console process tells of the escape key.
+    case escapeKey(Int)
   }
 
   enum Phase: Equatable {
@@ -54,6 +56,8 @@ package final class Supervisor {
   /// The core's ends of device sockets that wait for READY, by process index.
   var waitingSockets: [Int: (assignment: DeviceAssignment, socket: FDBox)] = [:]
   var reports: [String: DeviceReport] = [:]
+  /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
+  var escapeLines: [Int: FDBox] = [:]
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false

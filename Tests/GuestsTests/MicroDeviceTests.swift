@@ -172,6 +172,29 @@ struct MicroConsoleTests {
     try talk(vm, program, line, count: 20000)
   }
 
+  @Test func theEscapeKeyEndsTheVMAndIsNotForTheGuest() throws {
+    let vm = try MicroVM()
+    let script = """
+      import os, pty, subprocess, sys, termios
+      master, slave = pty.openpty()
+      before = termios.tcgetattr(slave)
+      vm = subprocess.Popen(sys.argv[1:], stdin=slave, stdout=slave)
+      seen = b""
+      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
+      assert termios.tcgetattr(slave) != before
+      os.write(master, b"a\\x01\\x01b\\x01c")
+      while not seen.endswith(b"a\\x01b\\x01c"): seen += os.read(master, 4096)
+      os.write(master, b"\\x01x")
+      code = vm.wait(20)
+      assert termios.tcgetattr(slave) == before
+      sys.exit(code)
+      """
+    let words = try vm.command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"])
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script] + words, directory: vm.directory).wait(seconds: 60)
+    #expect(result.code == 0 && result.errors.isEmpty, "\(result.errors)")
+    vm.expectNothingLeft()
+  }
+
   @Test func aFileGetsTheOutput() throws {
     let vm = try MicroVM()
     let run = try vm.run("test=console bytes=0", ["--console", "file=out"])

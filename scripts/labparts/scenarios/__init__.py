@@ -120,7 +120,7 @@ class Trial:
         except FileNotFoundError:
             raise Skip(f"{words[0]} is not there")
         self._others.append(process)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 15 * vmm.patience
         while ready and not ready.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 text = Path(log.name).read_text(errors="replace").strip().splitlines()[-3:]
@@ -152,7 +152,7 @@ class Trial:
     def nothing_left(self):
         """No process of a machine may be alive once it has ended (a moment is granted)."""
         others = {process.pid for process in self._others}
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 2 * vmm.patience
         while True:
             left = {pid: words for pid, words in vmm.children().items() if pid not in others}
             if not left:
@@ -163,7 +163,7 @@ class Trial:
 
     def nothing_left_of(self, running, seconds=10):
         """Once a machine has ended, however it did: no process of it, and none of the files it made."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * vmm.patience
         while True:
             left = [one.name for one in self.place.iterdir() if one.is_socket()]
             left += [words for words in vmm.children().values() if words.startswith("vm/")]

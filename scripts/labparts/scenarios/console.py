@@ -6,6 +6,7 @@ import termios
 import time
 import tty
 
+from .. import vmm
 from . import QUICK, Disk, Failure, scenario
 
 
@@ -105,7 +106,7 @@ class Line:
         os.set_blocking(self.fd, False)
 
     def wait_for(self, text, seconds):
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * vmm.patience
         while text.encode() not in self.output:
             try:
                 data = os.read(self.fd, 65536)
