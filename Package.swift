@@ -138,9 +138,14 @@ let testTargets: [Target] = [
   tests(
     "ConsoleDeviceTests",
     ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "ConsoleDevice", "TestSupport"]),
+  // A back end with one defect of choice, run by the tests of the probe.
+  .executableTarget(
+    name: "broken-backend",
+    dependencies: ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue"].map { .byName(name: $0) },
+    path: "Tests/BrokenBackend", swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)], linkerSettings: staticPIE),
   tests(
     "ProbeTests",
-    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
+    ["broken-backend", "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
   tests("MonitorTests", everything + ["TestSupport"]),
   tests("ConformanceTests", everything + ["TestSupport"]),
   tests("IsolationTests", everything + ["TestSupport"]),

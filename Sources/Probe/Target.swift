@@ -249,6 +249,8 @@ final class BackEndProcess {
 
   func kill() {
     guard end == nil else { return }
+    // What it started belongs to its process group, which exists as long as it was not waited for.
+    _ = Glibc.kill(-processID, SIGKILL)
     handle.signal(SIGKILL)
     end = handle.waitForEnd()
   }

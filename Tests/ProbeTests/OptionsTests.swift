@@ -15,7 +15,9 @@ private func parse(_ words: [String]) throws -> Options {
     #expect(job.depth == 8)
   }
 
-  @Test(arguments: [["--bs", "1000"], ["--iodepth", "0"], ["--runtime", "-1"], ["--rw", "randraed"], ["--ring-size", "100"], ["--pin", "a"]])
+  @Test(arguments: [
+    ["--bs", "1000"], ["--iodepth", "0"], ["--runtime", "-1"], ["--rw", "randraed"], ["--ring-size", "100"], ["--pin", "a"],
+  ])
   func impossibleValuesAreRefused(words: [String]) throws {
     let options = try parse(words)
     #expect(throws: ProbeError.self) { try BlockJob(options) }

@@ -173,7 +173,8 @@ final class FaultContext {
       let end = target.crashes[crashes]
       if case .killed = end { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
       // It ended by itself: in order if another one, just started, serves.
-      if problem != nil, serve() != nil { return .crashed("\(end), and a new one does not serve") }
+      // The one that is going may still take a connection or two with it.
+      if problem != nil, serve() != nil, serve() != nil, serve() != nil { return .crashed("\(end), and a new one does not serve") }
       return .refused("the process \(end)")
     }
     if problem != nil {

@@ -1,0 +1,598 @@
+import CLinux
+import Glibc
+import HostSystem
+import VMMemory
+import VhostUser
+import VirtioQueue
+import VirtioSpec
+
+/// What outlives connections.
+struct Disk {
+  var bytes = [UInt8](repeating: 0x11, count: 8 << 20)
+  var staleBase: UInt32?
+}
+
+struct Closed: Error {}
+
+/// One ring as the front end described it.
+final class Ring {
+  var size: UInt32 = 0
+  var base: UInt32 = 0
+  var address: VringAddress?
+  var kick: OwnedFD?
+  var call: OwnedFD?
+  var oldCall: OwnedFD?
+  var queue: Virtqueue?
+  var isEnabled = false
+  var isStarted = false
+  var done: UInt32 = 0
+  var wasKicked = false
+}
+
+/// One front end, from its connection to its end.
+final class Session {
+  private let socket: OwnedFD
+  let device: DeviceID
+  var disk: Disk
+  private let number: Int
+  private(set) var protocolFeatures: ProtocolFeatures = []
+  private(set) var features: FeatureSet = []
+  private var regions: [(description: RegionDescription, region: MemoryRegion)] = []
+  private var memory: GuestMemory?
+  let rings: [Ring]
+  private var status: UInt64 = 0
+  private var log: MemoryMapping?
+  private var inflight: (mapping: MemoryMapping, area: InflightDescription)?
+  private var leaked: [CInt] = []
+  private var configReads = 0
+  private var chain = DescriptorChain(capacity: 2048)
+  private var inbox: [UInt8] = []
+  private var inboxFDs: [CInt] = []
+
+  init(_ socket: consuming OwnedFD, _ device: DeviceID, _ disk: Disk, _ number: Int) {
+    self.socket = socket
+    self.device = device
+    self.disk = disk
+    self.number = number
+    rings = (0..<4).map { _ in Ring() }
+  }
+
+  // MARK: What is offered
+
+  var offered: FeatureSet {
+    var features: FeatureSet = [.version1, .indirectDescriptors, .eventIndex, .packedRing, .vhostUserProtocolFeatures, .vhostLogAll]
+    if device == .block {
+      features.formUnion([
+        .blockFlush, .blockBlockSize, .blockSegMax, .blockSizeMax, .blockMultipleQueues, .blockDiscard, .blockWriteZeroes,
+        .blockConfigWriteCache,
+      ])
+      if has("read-only") { features.insert(.blockReadOnly) }
+      if has("wce-alone") { features.remove(.blockFlush) }
+    }
+    if device == .net { features.insert([.netMAC, .netChecksum, .netHostTSO4]) }
+    if device == .net, has("dependencies") { features.remove(.netChecksum) }
+    if device == .console { features.insert(.consoleSize) }
+    if has("no-version1") { features.remove(.version1) }
+    if has("features-change"), number % 2 == 0 { features.remove(.indirectDescriptors) }
+    return features
+  }
+
+  private var offeredProtocol: ProtocolFeatures {
+    var features: ProtocolFeatures = [
+      .mq, .replyAck, .config, .inflightShmFD, .resetDevice, .configureMemSlots, .status, .logShmFD, .backEndRequests, .deviceState,
+    ]
+    if has("protocol-dependency") {
+      features.insert(.inbandNotifications)
+      features.remove(.backEndRequests)
+    }
+    return features
+  }
+
+  var configuration: [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: 256)
+    switch device {
+    case .block:
+      var config = BlockConfiguration()
+      config.capacity = has("capacity-zero") ? 0 : UInt64(disk.bytes.count / 512)
+      config.sizeMax = has("size-max-zero") ? 0 : 1 << 20
+      config.segmentMax = has("seg-max-zero") ? 0 : 62
+      config.blockSize = has("blk-size-odd") ? 1000 : 512
+      config.queueCount = has("queues-zero") ? 0 : 4
+      config.maxDiscardSectors = has("discard-zero") ? 0 : 1024
+      config.maxDiscardSegments = 1
+      config.discardSectorAlignment = 1
+      config.maxWriteZeroesSectors = has("write-zeroes-zero") ? 0 : 1024
+      config.maxWriteZeroesSegments = 1
+      bytes.replaceSubrange(0..<96, with: config.encoded())
+    case .net: bytes.replaceSubrange(0..<6, with: has("mac-group") ? [3, 0, 0, 0, 0, 1] : [2, 0, 0, 0, 0, 1])
+    case .console: bytes.replaceSubrange(0..<4, with: [80, 0, 25, 0])
+    case .fileSystem: bytes.replaceSubrange(0..<4, with: Array("test".utf8))
+    default: break
+    }
+    if has("config-changes") {
+      configReads += 1
+      bytes[20] = UInt8(truncatingIfNeeded: configReads)
+    }
+    if disk.staleBase == 0xC0FF { bytes[0] ^= 0xFF }
+    return bytes
+  }
+
+  // MARK: The loop
+
+  func run() {
+    do {
+      while true {
+        try wait()
+        while let message = try nextMessage() { try handle(message.0, message.1, message.2) }
+        for ring in rings { process(ring) }
+      }
+    } catch {
+      if has("leak-descriptors") { leaked += rings.compactMap { $0.kick.take()?.release() } }
+    }
+    for number in inboxFDs { _ = close(number) }
+  }
+
+  private func wait() throws {
+    var entries = [pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)]
+    var owners: [Ring] = []
+    for ring in rings where ring.isStarted {
+      if let number = ring.kick?.rawValue {
+        entries.append(pollfd(fd: number, events: Int16(POLLIN), revents: 0))
+        owners.append(ring)
+      }
+    }
+    if poll(&entries, nfds_t(entries.count), 1000) < 0 { return }
+    for (entry, ring) in zip(entries.dropFirst(), owners) where entry.revents != 0 {
+      var value: UInt64 = 0
+      _ = read(entry.fd, &value, 8)
+      if has("kick-spurious"), ring.queue?.hasAvailable() == false { abort() }
+      ring.wasKicked = true
+    }
+    if entries[0].revents != 0 { try fill() }
+  }
+
+  private func fill() throws {
+    let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 65536, alignment: 16)
+    defer { buffer.deallocate() }
+    var reception = UnixSocket.receive(socket, into: buffer, descriptorLimit: 32, waiting: false)
+    while let fd = reception.descriptors.takeFirst() { inboxFDs.append(fd.release()) }
+    if reception.truncated { try violation("descriptors were cut off") }
+    switch reception.transfer {
+    case .bytes(let count):
+      if has("pieces"), count < 12, inbox.isEmpty { throw Closed() }
+      inbox += buffer[..<count]
+    case .wouldBlock: return
+    default:
+      if !inbox.isEmpty { try violation("the end came in the middle of a message") }
+      throw Closed()
+    }
+  }
+
+  private func nextMessage() throws -> (MessageHeader, [UInt8], [CInt])? {
+    guard inbox.count >= 12 else { return nil }
+    let header = try MessageHeader(decoding: inbox.prefix(12))
+    do { try header.checkRequest() } catch { try violation("\(error)") }
+    guard let request = FrontEndRequest(rawValue: header.request) else {
+      if has("accept-unknown") {
+        inbox.removeFirst(12)
+        reply(header.request, zero)
+        return nil
+      }
+      try violation("unknown request")
+      throw Closed()
+    }
+    if !request.rules.size.allows(Int(header.size)) { try violation("wrong size") }
+    guard inbox.count >= 12 + Int(header.size) else { return nil }
+    let payload = Array(inbox[12..<12 + Int(header.size)])
+    inbox.removeFirst(12 + Int(header.size))
+    let fds = inboxFDs
+    inboxFDs = []
+    return (header, payload, fds)
+  }
+
+  /// The front end broke the protocol: a good back end closes the connection.
+  private func violation(_ why: String) throws {
+    if has("abort-malformed") { abort() }
+    if has("hang-malformed") { while true { pause() } }
+    if has("leak-malformed") { for _ in 0..<8 { leaked.append(dup(0)) } }
+    throw Closed()
+  }
+
+  private var zero: [UInt8] { [UInt8](repeating: 0, count: 8) }
+
+  // MARK: Replies
+
+  func reply(_ request: UInt32, _ payload: [UInt8], flags: UInt32 = 5, descriptor: CInt? = nil) {
+    var flags = flags
+    if has("reply-flags") { flags |= 8 }
+    let header = MessageHeader(request: request, flags: MessageFlags(rawValue: flags), size: UInt32(payload.count))
+    _ = UnixSocket.send(socket, header.encoded + payload, descriptors: descriptor.map { [$0] } ?? [])
+  }
+
+  private func number(_ value: UInt64) -> [UInt8] { (0..<8).map { UInt8(truncatingIfNeeded: value >> UInt64(8 * $0)) } }
+
+  private func handle(_ header: MessageHeader, _ payload: [UInt8], _ numbers: [CInt]) throws {
+    var fds = ReceivedFDs(numbers)
+    let message: FrontEndMessage
+    do {
+      message = try decode(header, payload)
+      try message.checkDescriptorCount(fds.count)
+    } catch {
+      // With an acknowledgement asked for, saying no is enough for values; framing is over.
+      let asked = header.flags.contains(.needReply) && protocolFeatures.contains(.replyAck)
+      if has("abort-malformed") || has("hang-malformed") || has("leak-malformed") || !asked { try violation("\(error)") }
+      reply(header.request, number(22))
+      return
+    }
+    let asked = header.flags.contains(.needReply) && protocolFeatures.contains(.replyAck)
+    do {
+      let isAnswered = try perform(message, header, &fds)
+      if isAnswered { return }
+      if has("ack-missing"), header.request == 10 { return }
+      if asked || has("ack-always") && protocolFeatures.contains(.replyAck) { reply(header.request, zero) }
+    } catch let refusal as Refused {
+      if has("abort-malformed") || has("hang-malformed") || has("leak-malformed") { try violation(refusal.why) }
+      if !asked { throw Closed() }
+      reply(header.request, number(22))
+    }
+  }
+
+  struct Refused: Error { let why: String }
+
+  private func decode(_ header: MessageHeader, _ payload: [UInt8]) throws -> FrontEndMessage {
+    guard let request = FrontEndRequest(rawValue: header.request) else { throw Closed() }
+    if request == .setVringNum, has("accept-zero") || has("accept-huge") { return .setVringNum(try VringState(decoding: payload)) }
+    if request == .setMemTable, has("accept-overflow") {
+      if (try? FrontEndMessage(request: request, payload: payload)) == nil { return .getShmemConfig }
+    }
+    return try FrontEndMessage(request: request, payload: payload)
+  }
+
+  private func ring(_ index: UInt32) throws -> Ring {
+    if has("accept-wide"), index >= 0x1_0000 { return rings[Int(index & 0xFFFF) % rings.count] }
+    if has("accept-index"), index < 0x1_0000 { return rings[Int(index) % rings.count] }
+    guard index < rings.count else { throw Refused(why: "ring \(index)") }
+    return rings[Int(index)]
+  }
+
+  /// Does what is asked; true when a reply was sent.
+  private func perform(_ message: FrontEndMessage, _ header: MessageHeader, _ fds: inout ReceivedFDs) throws -> Bool {
+    let request = header.request
+    switch message {
+    case .getFeatures:
+      if has("features-first"), !hasOwner { throw Closed() }
+      let echo: UInt32 = has("reply-echo") && header.flags.contains(.needReply) ? 13 : 5
+      reply(has("reorder-number") && !inbox.isEmpty ? 15 : request, number(offered.rawValue), flags: echo)
+      return true
+    case .setFeatures(let wanted):
+      guard wanted.isSubset(of: offered) || has("accept-features") else { throw Refused(why: "features") }
+      features = wanted
+      if !wanted.contains(.vhostUserProtocolFeatures), !has("enable-implicit") { for ring in rings { ring.isEnabled = true } }
+    case .setOwner:
+      hasOwner = true
+    case .resetOwner: if has("reset-owner") { throw Closed() }
+    case .getProtocolFeatures:
+      reply(request, number(offeredProtocol.rawValue))
+      return true
+    case .setProtocolFeatures(let wanted):
+      if has("protocol-none"), wanted.isEmpty { throw Closed() }
+      if has("protocol-abort"), !wanted.isSubset(of: offeredProtocol) { abort() }
+      guard wanted.isSubset(of: offeredProtocol) else { throw Closed() }
+      protocolFeatures = wanted
+    case .getQueueNum:
+      reply(request, number(has("queue-count-zero") ? 0 : 4))
+      return true
+    case .getMaxMemSlots:
+      reply(request, number(has("slots-zero") ? 0 : 16))
+      return true
+    case .setMemTable(let table):
+      if has("regions"), table.regions.count > 4 { throw Refused(why: "regions") }
+      if has("replace"), memory != nil { throw Refused(why: "a second table") }
+      if has("replace-running"), rings.contains(where: \.isStarted) { throw Refused(why: "a table while running") }
+      var fresh: [(RegionDescription, MemoryRegion)] = []
+      for region in table.regions { fresh.append((region, try map(region, &fds))) }
+      regions = fresh
+      try remap()
+    case .addMemReg(let single):
+      guard regions.count < 16 else { throw Refused(why: "too many regions") }
+      let region = try map(single.region, &fds)
+      guard !regions.contains(where: { $0.description.overlaps(single.region) }) else { throw Refused(why: "overlap") }
+      if !has("add-ignored") { regions.append((single.region, region)) }
+      try remap()
+    case .remMemReg(let single):
+      guard let position = regions.firstIndex(where: { $0.description.isSameRegion(as: single.region) }) else {
+        if has("remove-unknown") || has("add-ignored") { break }
+        throw Refused(why: "no such region")
+      }
+      regions.remove(at: position)
+      try remap()
+    case .setVringNum(let state):
+      let ring = try ring(state.index)
+      guard state.number > 0 || has("accept-zero") else { throw Refused(why: "no entries") }
+      guard state.number <= 32768 || has("accept-huge") else { throw Refused(why: "too many entries") }
+      guard features.contains(.packedRing) || state.number & (state.number &- 1) == 0 || has("accept-odd") else {
+        throw Refused(why: "an odd size")
+      }
+      guard !ring.isStarted else { throw Refused(why: "the size of a running ring") }
+      ring.size = state.number
+    case .setVringBase(let state):
+      let ring = try ring(state.index)
+      ring.base = state.number
+      if has("stale") { disk.staleBase = state.number }
+    case .setVringAddr(let address):
+      let ring = try ring(address.index)
+      guard !ring.isStarted || ring.address.map({ $0.descriptorTable == address.descriptorTable }) == true else {
+        throw Refused(why: "the place of a running ring")
+      }
+      _ = try configuration(ring, address)
+      ring.address = address
+    case .setVringKick(let event):
+      let ring = try ring(UInt32(event.index))
+      if ring.isStarted {
+        if let fd = fds.takeFirst(), !has("kick-old") { ring.kick = consume fd }
+        break
+      }
+      ring.kick = fds.takeFirst()
+      try start(ring)
+    case .setVringCall(let event):
+      let ring = try ring(UInt32(event.index))
+      if has("call-early"), ring.size == 0 { throw Closed() }
+      if has("call-old"), ring.isStarted { break }
+      if has("leak-calls"), let old = ring.call.take() { leaked.append(old.release()) }
+      ring.call = fds.takeFirst()
+    case .setVringErr(let event): _ = try ring(UInt32(event.index))
+    case .setVringEnable(let state): try ring(state.index).isEnabled = state.number == 1 || has("enable-ignored")
+    case .getVringBase(let state):
+      let ring = try ring(state.index)
+      let base = stop(ring)
+      reply(request, VringState(index: has("base-index") ? 9 : state.index, number: base).encoded)
+      return true
+    case .getConfig(let asked):
+      var bytes = Array(configuration[Int(asked.offset)..<Int(asked.offset) + asked.bytes.count])
+      if has("config-part") { bytes = Array(configuration.prefix(asked.bytes.count)) }
+      if has("config-beyond"), asked.offset >= 96 { bytes = [UInt8](repeating: 0x77, count: bytes.count) }
+      if has("config-size") { bytes = Array(bytes.dropLast()) }
+      reply(request, ConfigMessage(offset: asked.offset, bytes: bytes).encoded)
+      return true
+    case .setConfig(let config):
+      if has("config-writable") {
+        disk.staleBase = 0xC0FF
+        break
+      }
+      guard config.offset == 32, config.bytes.count == 1 else { throw Refused(why: "not writable") }
+    case .getInflightFD(let wanted):
+      let size = has("inflight-small") ? 64 : UInt64(wanted.queueCount) * (16 * UInt64(wanted.queueSize) + 64)
+      guard size <= 1 << 22 else { throw Closed() }
+      let area = InflightDescription(size: size, mapOffset: 0, queueCount: wanted.queueCount, queueSize: wanted.queueSize)
+      let fd = try SharedMemory.sealed(name: "broken-inflight", byteCount: size)
+      reply(request, area.encoded, descriptor: fd.rawValue)
+      return true
+    case .setInflightFD(let area):
+      guard let fd = fds.takeFirst(), try fd.status().byteCount >= area.mapOffset + area.size,
+        area.size >= UInt64(area.queueCount) * (16 * UInt64(area.queueSize) + 16)
+      else { throw Refused(why: "the area is too small") }
+      inflight = (try MemoryMapping.shared(fd, offset: 0, byteCount: Int(area.mapOffset + area.size)), area)
+    case .setLogBase(let description):
+      guard !has("log-refused"), let fd = fds.takeFirst(), try fd.status().byteCount >= description.mapOffset + description.size else {
+        throw Closed()
+      }
+      log = try MemoryMapping.shared(fd, offset: 0, byteCount: Int(description.mapOffset + description.size))
+      reply(request, description.encoded)
+      return true
+    case .resetDevice:
+      if has("reset-closes") { throw Closed() }
+      if has("reset-runs") { break }
+      for ring in rings {
+        _ = stop(ring)
+        ring.size = 0
+        ring.address = nil
+        ring.base = 0
+        ring.isEnabled = false
+      }
+    case .setStatus(let value): status = has("status-lost") ? 0 : value
+    case .getStatus:
+      reply(request, number(status))
+      return true
+    case .setBackEndRequestFD: if has("channel-refused") { throw Refused(why: "no channel") }
+    case .setDeviceStateFD:
+      let fd: OwnedFD? = fds.takeFirst()
+      if has("state-endless"), let fd { leaked.append(dup(fd.rawValue)) }
+      reply(request, number(0x100))
+      return true
+    case .checkDeviceState:
+      reply(request, number(0))
+      return true
+    case .getShmemConfig: if !has("accept-overflow") { throw Closed() }
+    default: throw Closed()
+    }
+    return false
+  }
+
+  private var hasOwner = false
+
+  // MARK: Memory and rings
+
+  private func map(_ region: RegionDescription, _ fds: inout ReceivedFDs) throws -> MemoryRegion {
+    guard let fd = fds.takeFirst() else { throw Refused(why: "no descriptor") }
+    var guest = region.guestAddress
+    if has("high") { guest &= 0xFFFF_FFFF }
+    do {
+      return try MemoryRegion.mapping(
+        fd, guestAddress: GuestAddress(guest), byteCount: region.size, frontEndAddress: region.userAddress, fileOffset: region.mapOffset,
+        allowUnsealed: true)
+    } catch { throw Refused(why: "\(error)") }
+  }
+
+  private func remap() throws {
+    do { memory = try GuestMemory(regions: regions.map(\.region)) } catch { throw Refused(why: "\(error)") }
+    guard let memory else { return }
+    for ring in rings where ring.queue != nil {
+      do { try ring.queue?.replaceMemory(memory) } catch {
+        ring.queue = nil
+        ring.isStarted = false
+        throw Refused(why: "\(error)")
+      }
+    }
+  }
+
+  private func configuration(_ ring: Ring, _ address: VringAddress) throws -> VirtqueueConfiguration {
+    guard let memory, ring.size > 0, ring.size <= 32768,
+      let descriptors = memory.guestAddress(ofFrontEnd: address.descriptorTable, byteCount: 1),
+      let driver = memory.guestAddress(ofFrontEnd: address.availableRing, byteCount: 1),
+      let device = memory.guestAddress(ofFrontEnd: address.usedRing, byteCount: 1)
+    else { throw Refused(why: "the ring is not in memory") }
+    var features = self.features
+    if has("no-indirect") { features.remove(.indirectDescriptors) }
+    if has("no-event-index") { features.remove(.eventIndex) }
+    let configuration = VirtqueueConfiguration(
+      size: UInt16(ring.size), descriptors: descriptors, driver: driver, device: device, features: features,
+      base: VringBase(rawValue: ring.base))
+    do {
+      _ = try Virtqueue(
+        VirtqueueConfiguration(
+          size: UInt16(ring.size), descriptors: descriptors, driver: driver, device: device, features: features, base: nil), memory: memory)
+    } catch VirtqueueError.base {
+    } catch { throw Refused(why: "\(error)") }
+    return configuration
+  }
+
+  private func start(_ ring: Ring) throws {
+    guard let memory, let address = ring.address else { throw Refused(why: "the ring is not described") }
+    let configuration = try configuration(ring, address)
+    do { ring.queue = try Virtqueue(configuration, memory: memory) } catch { throw Refused(why: "\(error)") }
+    ring.isStarted = true
+    ring.wasKicked = !has("start-waits")
+    if has("start-skips"), !configuration.isPacked {
+      // Pretends that what lies there is done.
+      var lost = DescriptorChain(capacity: 64)
+      while case .chain = ring.queue?.next(&lost) {}
+    }
+  }
+
+  private func stop(_ ring: Ring) -> UInt32 {
+    var base = ring.queue?.base.rawValue ?? ring.base
+    if has("base-zero") { base = 0 }
+    if has("base-packed"), features.contains(.packedRing) { base &= 0xFFFF }
+    if has("stale"), ring.queue == nil, ring.base == 0, let stale = disk.staleBase { base = stale }
+    if has("stop-twice"), ring.queue == nil { base += 1 }
+    if has("resume-loses"), ring.queue != nil { base += 1 }
+    if has("stop-runs") { return base }
+    ring.queue = nil
+    ring.isStarted = false
+    ring.kick = nil
+    ring.call = nil
+    ring.base = base
+    return base
+  }
+
+  // MARK: Requests
+
+  private func process(_ ring: Ring) {
+    guard ring.isStarted, ring.isEnabled, ring.wasKicked || has("polls") else { return }
+    ring.wasKicked = false
+    guard let index = rings.firstIndex(where: { $0 === ring }) else { return }
+    if has("last-queue"), index == rings.count - 1 { return }
+    if device != .block, index == 0 {
+      guard has("receive-uses"), case .chain? = ring.queue?.next(&chain) else { return }
+      ring.queue?.complete(chain.token, written: 3 + (device == .console ? 1000 : 0))
+      _ = ring.queue?.publish()
+      return
+    }
+    if has("packed-dead"), features.contains(.packedRing) { return }
+    if has("split-dead"), !features.contains(.packedRing) { return }
+    var turns = 0
+    while turns < 100_000 {
+      turns += 1
+      let outcome = ring.queue?.next(&chain) ?? .empty
+      switch outcome {
+      case .chain:
+        if has("inflight-marks"), let inflight { mark(inflight.mapping) }
+        let written = serve(index)
+        let token = chain.token
+        if has("wrap"), ring.done >= 20 { return }
+        ring.done += 1
+        ring.queue?.complete(token, written: written)
+        if let inflight, !has("inflight-clear") { record(inflight.mapping, inflight.area, ring, index) }
+        let wantsCall = ring.queue?.publish() ?? false
+        if wantsCall, !has("no-call"), let number = ring.call?.rawValue {
+          var one: UInt64 = 1
+          _ = write(number, &one, 8)
+        }
+      case .empty:
+        if ring.queue?.enableKicks() != true { return }
+      case .broken:
+        if has("abort-malformed") { abort() }
+        if has("hang-malformed") { while true { pause() } }
+        if has("leak-malformed") { for _ in 0..<8 { leaked.append(dup(0)) } }
+        return
+      }
+    }
+  }
+
+  private func mark(_ mapping: MemoryMapping) { mapping.baseAddress.storeBytes(of: 1, toByteOffset: 16, as: UInt8.self) }
+
+  private func record(_ mapping: MemoryMapping, _ area: InflightDescription, _ ring: Ring, _ index: Int) {
+    guard index < Int(area.queueCount) else { return }
+    let start = Int(area.mapOffset) + Int(area.size) / Int(area.queueCount) * index
+    mapping.baseAddress.storeBytes(of: 1, toByteOffset: start + 8, as: UInt16.self)
+    mapping.baseAddress.storeBytes(of: area.queueSize, toByteOffset: start + 10, as: UInt16.self)
+    mapping.baseAddress.storeBytes(of: UInt16(truncatingIfNeeded: ring.done), toByteOffset: start + 14, as: UInt16.self)
+  }
+
+  private func serve(_ index: Int) -> UInt32 {
+    guard let memory else { return 0 }
+    _ = memory
+    let answer: [UInt8]
+    if has("framing"), chain.readable.count + chain.writable.count > 3 || chain.readable.count > 2 { return 0 }
+    var readable = [UInt8](repeating: 0, count: chain.readableByteCount)
+    readable.withUnsafeMutableBytes { chain.takeReadable(into: $0) }
+    switch device {
+    case .block: answer = block(readable, chain.writableByteCount)
+    case .fileSystem: answer = fuse(readable, chain.writableByteCount)
+    default: return transmit(readable)
+    }
+    let count = answer.withUnsafeBytes { chain.put($0) }
+    touch()
+    if device == .block, has("read-length"), count > 1 { return UInt32(count - 1) }
+    return UInt32(count)
+  }
+
+  private func transmit(_ readable: [UInt8]) -> UInt32 {
+    if has("transmit-length") { return UInt32(readable.count) }
+    if has("transmit-abort"), readable.isEmpty || readable.count < 26 || readable.first == 0xFF {
+      if device == .net || readable.isEmpty { abort() }
+    }
+    return 0
+  }
+
+  private func fuse(_ readable: [UInt8], _ room: Int) -> [UInt8] {
+    if readable.count < 40 || room < 16 {
+      if has("fuse-abort") { abort() }
+      return []
+    }
+    let operation = readable[4]
+    let unique = Array(readable[8..<16])
+    if operation == 26, readable[5] == 0 {
+      let body = [7, 0, 0, 0, 31, 0, 0, 0] + [UInt8](repeating: 0, count: 56)
+      return [80, 0, 0, 0, 0, 0, 0, 0] + (has("fuse-unique") ? zero : unique) + body
+    }
+    let error: Int32 = has("fuse-accepts") ? 0 : -38
+    return [16, 0, 0, 0] + (0..<4).map { UInt8(truncatingIfNeeded: error >> Int32(8 * $0)) } + unique
+  }
+
+  /// Marks what was written in the dirty log: all of it, which is more than needed, and never wrong.
+  private func touch() {
+    guard let log, features.contains(.vhostLogAll), !has("log-nothing") else { return }
+    let limit = min(log.byteCount, has("log-everything") ? log.byteCount : 4096)
+    memset(log.baseAddress, 0xFF, limit)
+  }
+}
+
+/// Received descriptor numbers, closed when nobody takes them.
+struct ReceivedFDs: ~Copyable {
+  private var numbers: [CInt]
+  init(_ numbers: [CInt]) { self.numbers = numbers }
+  var count: Int { numbers.count }
+  mutating func takeFirst() -> OwnedFD? { numbers.isEmpty ? nil : OwnedFD(owning: numbers.removeFirst()) }
+  deinit { for number in numbers { _ = close(number) } }
+}

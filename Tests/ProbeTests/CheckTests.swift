@@ -1,0 +1,161 @@
+import Foundation
+import Probe
+import TestSupport
+import Testing
+
+/// The program with a defect of choice, beside the tests.
+private var brokenBackEnd: String {
+  URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent().appendingPathComponent("broken-backend").path
+}
+
+private func check(_ type: String, _ defects: [String], only: String? = nil, extra: [String] = []) throws -> CheckReport {
+  var words = ["--type", type, "--writes", "--timeout", "0.7"] + extra
+  if let only { words += ["--only", only] }
+  let options = try Options.parse(words + ["--", brokenBackEnd, "{socket}", type] + defects, verb: .check)
+  let target = try Target(options)
+  defer { target.close() }
+  return try Check(target, options).run()
+}
+
+/// Which defect each case catches: type, defect, cases that must fail with it.
+private let catches: [(String, String, [String])] = [
+  ("block", "no-version1", ["features.version1"]), ("block", "features-change", ["features.stable"]),
+  ("net", "dependencies", ["features.dependencies"]), ("block", "protocol-dependency", ["protocol.dependencies"]),
+  ("block", "protocol-none", ["protocol.none"]), ("block", "protocol-abort", ["protocol.not-offered"]),
+  ("block", "queue-count-zero", ["queues.count"]), ("block", "slots-zero", ["memory.slots"]), ("block", "reply-echo", ["reply.need-reply"]),
+  ("block", "pieces", ["reply.pieces"]), ("block", "ack-missing", ["ack.success"]), ("block", "ack-always", ["ack.unasked"]),
+  ("block", "accept-index", ["ack.index"]), ("block", "accept-wide", ["ack.index-wide"]), ("block", "accept-zero", ["ack.size-zero"]),
+  ("block", "accept-huge", ["ack.size-huge"]), ("block", "accept-odd", ["ack.size-odd"]), ("block", "accept-features", ["ack.features"]),
+  ("block", "accept-overflow", ["ack.memory-overflow"]), ("block", "accept-unknown", ["request.unknown"]),
+  ("block", "config-changes", ["config.stable"]), ("block", "config-part", ["config.part"]), ("block", "config-beyond", ["config.beyond"]),
+  ("block", "config-writable", ["config.read-only"]), ("block", "base-zero", ["base.echo", "stop.base"]),
+  ("block", "base-index", ["base.echo"]), ("block", "base-packed", ["stop.packed-base"]), ("block", "call-early", ["call.early"]),
+  ("block", "reset-owner", ["reset-owner.keeps"]), ("block", "reset-closes", ["reset-device.keeps"]),
+  ("block", "reset-runs", ["reset-device.stops"]),
+  ("block", "status-lost", ["status.echo"]), ("block", "inflight-small", ["inflight.area"]), ("block", "log-refused", ["log.base"]),
+  ("block", "state-endless", ["device-state.save"]), ("block", "channel-refused", ["channel.accepted"]),
+  ("block", "stale", ["reconnect.clean"]),
+  ("block", "reconnect-dies", ["reconnect.many"]),
+  ("block", "split-dead", ["ring.split.request", "ring.split-event-idx.request", "ring.split-indirect.request"]),
+  ("block", "packed-dead", ["ring.packed.request", "ring.packed-event-idx.request", "ring.packed-indirect.request"]),
+  (
+    "block", "wrap",
+    [
+      "ring.split.wrap", "ring.split-event-idx.wrap", "ring.split-indirect.wrap", "ring.packed.wrap", "ring.packed-event-idx.wrap",
+      "ring.packed-indirect.wrap",
+    ]
+  ),
+  (
+    "block", "no-call",
+    [
+      "ring.split.call", "ring.split-event-idx.call", "ring.split-indirect.call", "ring.packed.call", "ring.packed-event-idx.call",
+      "ring.packed-indirect.call",
+    ]
+  ),
+  ("block", "split-dead", ["ring.split.no-call", "ring.split-event-idx.no-call", "ring.split-indirect.no-call"]),
+  ("block", "packed-dead", ["ring.packed.no-call", "ring.packed-event-idx.no-call", "ring.packed-indirect.no-call"]),
+  ("block", "no-indirect", ["ring.split-indirect.request", "layout.indirect-bytes"]),
+  ("block", "framing", ["layout.bytes", "layout.odd"]), ("block", "start-skips", ["start.waiting"]),
+  ("block", "enable-ignored", ["enable.off"]),
+  ("block", "enable-implicit", ["enable.implicit"]), ("block", "stop-runs", ["stop.stops"]), ("block", "resume-loses", ["stop.resume"]),
+  ("block", "stop-twice", ["stop.twice"]), ("block", "call-old", ["call.replace"]), ("block", "kick-old", ["kick.replace"]),
+  ("block", "kick-spurious", ["kick.spurious"]), ("block", "last-queue", ["queues.last"]), ("block", "regions", ["memory.regions"]),
+  ("block", "high", ["memory.high"]), ("block", "replace", ["memory.replace"]), ("block", "replace-running", ["memory.replace-running"]),
+  ("block", "add-ignored", ["memory.add-remove"]), ("block", "remove-unknown", ["memory.remove-unknown"]),
+  ("block", "log-nothing", ["log.pages"]),
+  ("block", "log-everything", ["log.pages"]), ("block", "inflight-clear", ["inflight.clear"]),
+  ("block", "inflight-marks", ["inflight.clear"]),
+  ("block", "capacity-zero", ["blk.capacity"]), ("block", "size-max-zero", ["blk.size-max"]), ("block", "seg-max-zero", ["blk.seg-max"]),
+  ("block", "blk-size-odd", ["blk.blk-size"]), ("block", "queues-zero", ["blk.queues"]), ("block", "wce-alone", ["blk.wce-needs-flush"]),
+  ("block", "discard-zero", ["blk.discard-limits"]), ("block", "write-zeroes-zero", ["blk.write-zeroes-limits"]),
+  ("block", "read-length", ["blk.read"]), ("block", "read-partial", ["blk.read-fills"]), ("block", "large-fails", ["blk.read-large"]),
+  ("block", "last-fails", ["blk.read-last"]), ("block", "segments-fail", ["blk.seg-max-used"]), ("block", "id-garbage", ["blk.id"]),
+  ("block", "flush-fails", ["blk.flush"]), ("block", "status-first", ["blk.status-last"]), ("block", "wrap", ["blk.many"]),
+  ("block", "unknown-ok", ["blk.unknown"]), ("block", "beyond-ok", ["blk.beyond"]), ("block", "across-ok", ["blk.across-end"]),
+  ("block", "wraps-ok", ["blk.wraps"]), ("block", "unaligned-ok", ["blk.unaligned"]), ("block", "discard-flags-ok", ["blk.discard-flags"]),
+  ("block", "write-zeroes-flags-ok", ["blk.write-zeroes-flags"]), ("block", "discard-beyond-ok", ["blk.discard-beyond"]),
+  ("block", "discard-large-ok", ["blk.discard-large"]), ("block", "no-status", ["blk.no-status"]),
+  ("block", "short-header", ["blk.short-header"]),
+  ("block", "write-corrupt", ["blk.write", "blk.write-pieces", "blk.survives-reconnect"]),
+  ("block", "write-beyond-ok", ["blk.write-beyond"]),
+  ("block", "write-zeroes-lost", ["blk.write-zeroes"]), ("block", "write-zeroes-wide", ["blk.write-zeroes"]),
+  ("block", "discard-fails", ["blk.discard"]),
+  ("block", "reply-flags", ["reply.flags"]), ("block", "features-first", ["order.features-first"]),
+  ("block", "config-size", ["config.echo"]),
+  ("block", "reorder-number", ["reply.order"]), ("net", "mac-group", ["net.mac"]),
+  ("net", "transmit-length", ["net.transmit", "net.transmit-pieces"]),
+  ("net", "transmit-abort", ["net.transmit-short", "net.transmit-offload"]), ("net", "receive-uses", ["net.receive-idle"]),
+  ("console", "transmit-length", ["console.transmit"]), ("console", "receive-uses", ["console.receive-idle"]),
+  ("console", "transmit-abort", ["console.wrong-way"]), ("fs", "fuse-unique", ["fs.init"]), ("fs", "fuse-accepts", ["fs.unknown"]),
+  ("fs", "fuse-abort", ["fs.short", "fs.no-room"]),
+]
+
+@Suite(.serialized) struct CheckTests {
+  @Test(arguments: ["block", "net", "console", "fs"]) func aGoodBackEndPassesEveryCase(type: String) throws {
+    let report = try check(type, [])
+    for failure in report.failures { Issue.record("\(failure.id): \(failure.verdict.reason) \(failure.trace)") }
+    #expect(report.results.count == Check.ids.count)
+    #expect(report.results.count { $0.verdict == .pass } > 40)
+  }
+
+  @Test func aReadOnlyDiskIsCheckedAsSuch() throws {
+    let good = try check("block", ["read-only"], only: "blk.read-only")
+    #expect(good.results.first?.verdict == .pass)
+    let bad = try check("block", ["read-only", "read-only-ok"], only: "blk.read-only")
+    #expect(bad.failures.map(\.id) == ["blk.read-only"])
+  }
+
+  @Test(arguments: catches.indices) func aDefectIsCaught(index: Int) throws {
+    let (type, defect, cases) = catches[index]
+    let report: CheckReport
+    do {
+      report = try check(type, [defect], only: cases.joined(separator: ","))
+    } catch let error as ProbeError {
+      // Some defects show before the first case: then it is the first contact that finds them.
+      #expect(["reply-flags", "features-first", "config-size"].contains(defect), "\(error)")
+      return
+    }
+    let failed = Set(report.failures.map(\.id))
+    for id in cases {
+      #expect(failed.contains(id), "\(defect) was not caught by \(id): \(report.results.first { $0.id == id }?.verdict as Any)")
+    }
+  }
+
+  @Test func everyCaseHasADefectThatItCatches() {
+    let caught = Set(catches.flatMap(\.2) + ["blk.read-only"])
+    let missing = Check.ids.filter { !caught.contains($0) }
+    #expect(missing.isEmpty, "\(missing)")
+  }
+
+  @Test func everyFormNamesEveryCase() throws {
+    let report = try check("block", ["id-garbage"], only: "blk.id,blk.read")
+    let tap = report.written(as: .tap, isVerbose: false)
+    #expect(tap.hasPrefix("TAP version 13\n1..\(report.results.count)\n"))
+    #expect(tap.contains("not ok") && tap.contains("blk.id"))
+    let junit = report.written(as: .junit, isVerbose: false)
+    #expect(junit.contains("failures=\"1\""))
+    #expect(try XMLDocumentCheck.isWellFormed(junit))
+    let json = try JSONSerialization.jsonObject(with: Data(report.written(as: .json, isVerbose: false).utf8)) as? [String: Any]
+    #expect((json?["cases"] as? [Any])?.count == report.results.count)
+  }
+}
+
+/// Tags that open must close in order: enough to see broken escaping.
+enum XMLDocumentCheck {
+  static func isWellFormed(_ text: String) throws -> Bool {
+    var open: [Substring] = []
+    var rest = text[...]
+    while let start = rest.firstIndex(of: "<") {
+      guard let end = rest[start...].firstIndex(of: ">") else { return false }
+      let tag = rest[rest.index(after: start)..<end]
+      rest = rest[rest.index(after: end)...]
+      if tag.hasPrefix("?") || tag.hasSuffix("/") { continue }
+      if tag.hasPrefix("/") {
+        guard open.popLast() == tag.dropFirst() else { return false }
+      } else {
+        open.append(tag.prefix { $0 != " " })
+      }
+    }
+    return open.isEmpty
+  }
+}

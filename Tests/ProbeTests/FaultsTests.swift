@@ -1,0 +1,85 @@
+import Foundation
+import Probe
+import TestSupport
+import Testing
+
+private var brokenBackEnd: String {
+  URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent().appendingPathComponent("broken-backend").path
+}
+
+private func attack(_ type: String, _ defects: [String], only: String) throws -> [FaultResult] {
+  let options = try Options.parse(
+    ["--type", type, "--timeout", "0.7", "--only", only, "--", brokenBackEnd, "{socket}", type] + defects, verb: .faults)
+  let target = try Target(options)
+  defer { target.close() }
+  return try Faults(target, options).run()
+}
+
+@Suite(.serialized) struct FaultsTests {
+  @Test(arguments: ["message.", "place.", "ring.", "repeat.,leave.", "header.,order."])
+  func aGoodBackEndStandsUpToEverything(family: String) throws {
+    let results = try attack("block", [], only: family)
+    #expect(results.count > 10)
+    for result in results where result.verdict.isFinding { Issue.record("\(result.id): \(result.verdict) \(result.trace)") }
+  }
+
+  @Test func malformedMessagesAreSeenToCrash() throws {
+    let results = try attack("block", ["abort-malformed"], only: "message.set_vring_num,message.get_features.huge")
+    for form in ["none", "short", "long", "full", "huge", "ones", "reply", "version", "reserved", "descriptors", "cut"] {
+      guard let result = results.first(where: { $0.id == "message.set_vring_num.\(form)" }) else {
+        Issue.record("\(form) is missing")
+        continue
+      }
+      guard case .crashed = result.verdict else {
+        Issue.record("\(form): \(result.verdict)")
+        continue
+      }
+    }
+  }
+
+  @Test func aBackEndThatHangsIsSeen() throws {
+    for result in try attack("block", ["hang-malformed"], only: "message.set_vring_addr.short,ring.loop,memory.wraps") {
+      guard case .hung = result.verdict else {
+        Issue.record("\(result.id): \(result.verdict)")
+        continue
+      }
+    }
+  }
+
+  @Test func aBackEndThatLeaksIsSeen() throws {
+    for result in try attack("block", ["leak-malformed"], only: "message.set_vring_addr.short,header.ones") {
+      guard case .leaked = result.verdict else {
+        Issue.record("\(result.id): \(result.verdict)")
+        continue
+      }
+    }
+    for result in try attack("block", ["leak-calls"], only: "repeat.call") {
+      guard case .leaked = result.verdict else {
+        Issue.record("\(result.id): \(result.verdict)")
+        continue
+      }
+    }
+  }
+
+  @Test(arguments: [
+    "ring.head", "ring.index-jump", "ring.next", "ring.self", "ring.loop", "ring.data-outside", "ring.indirect-nested", "ring.packed-loop",
+  ])
+  func aRingThatIsNotCheckedIsSeenToCrash(id: String) throws {
+    let results = try attack("block", ["abort-malformed"], only: id)
+    #expect(!results.isEmpty)
+    for result in results {
+      guard case .crashed = result.verdict else {
+        Issue.record("\(result.id): \(result.verdict)")
+        continue
+      }
+    }
+  }
+
+  @Test func memoryThatIsCutOffEndsWhoDoesNotCheckSeals() throws {
+    let results = try attack("block", [], only: "memory.truncated")
+    guard case .crashed? = results.first?.verdict else {
+      Issue.record("\(results)")
+      return
+    }
+  }
+}
