@@ -145,7 +145,7 @@ let testTargets: [Target] = [
     path: "Tests/BrokenBackend", swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)], linkerSettings: staticPIE),
   tests(
     "ProbeTests",
-    ["broken-backend", "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
   tests("MonitorTests", everything + ["TestSupport"]),
   tests("ConformanceTests", everything + ["TestSupport"]),
   tests("IsolationTests", everything + ["TestSupport"]),

@@ -29,7 +29,7 @@ let runVerb = Verb(
   })
 
 /// `execv`: this process becomes the program, so no second process stays behind. Returns only when it failed.
-private func become(_ path: String, _ arguments: [String]) -> Errno {
+func become(_ path: String, _ arguments: [String]) -> Errno {
   let text = arguments.flatMap { Array($0.utf8CString) }
   // SAFETY: all arguments stand NUL-terminated one behind the other in `text`, which lives for the call.
   return unsafe text.withUnsafeBufferPointer { bytes in

@@ -8,11 +8,13 @@ struct Verb: Sendable {
   let summary: String
   /// The whole text of `martlet NAME --help`.
   let help: @Sendable () -> String
+  /// Whether `--help` behind the verb is passed on to it.
+  var readsHelpItself = false
   let run: @Sendable ([String]) -> ExitCode
 
   static let version = "0.1.0"
 
-  static let table: [Verb] = [runVerb, controlVerb, doctorVerb]
+  static let table: [Verb] = [runVerb, controlVerb, doctorVerb, probeVerb]
 
   static func main(_ arguments: [String]) -> ExitCode {
     Log.setSpeaker("martlet")
@@ -35,7 +37,7 @@ struct Verb: Sendable {
       Log.error("Unknown command '\(name)'; \(near.map { "did you mean martlet \($0)?" } ?? "martlet --help lists the commands")")
       return .usage
     }
-    if rest.contains("--help") || rest.contains("-h") {
+    if !verb.readsHelpItself, rest.contains("--help") || rest.contains("-h") {
       Output.standard.write(verb.help())
       return .success
     }

@@ -216,7 +216,7 @@ final class Session {
     let message: FrontEndMessage
     do {
       message = try decode(header, payload)
-      try message.checkDescriptorCount(fds.count)
+      if !has("accept-overflow") { try message.checkDescriptorCount(fds.count) }
     } catch {
       // With an acknowledgement asked for, saying no is enough for values; framing is over.
       let asked = header.flags.contains(.needReply) && protocolFeatures.contains(.replyAck)
@@ -229,7 +229,7 @@ final class Session {
       let isAnswered = try perform(message, header, &fds)
       if isAnswered { return }
       if has("ack-missing"), header.request == 10 { return }
-      if asked || has("ack-always") && protocolFeatures.contains(.replyAck) { reply(header.request, zero) }
+      if asked || has("ack-always") && header.request != 16 && protocolFeatures.contains(.replyAck) { reply(header.request, zero) }
     } catch let refusal as Refused {
       if has("abort-malformed") || has("hang-malformed") || has("leak-malformed") { try violation(refusal.why) }
       if !asked { throw Closed() }
@@ -262,7 +262,8 @@ final class Session {
     case .getFeatures:
       if has("features-first"), !hasOwner { throw Closed() }
       let echo: UInt32 = has("reply-echo") && header.flags.contains(.needReply) ? 13 : 5
-      reply(has("reorder-number") && !inbox.isEmpty ? 15 : request, number(offered.rawValue), flags: echo)
+      featureQuestions += 1
+      reply(has("reorder-number") && featureQuestions > 5 ? 15 : request, number(offered.rawValue), flags: echo)
       return true
     case .setFeatures(let wanted):
       guard wanted.isSubset(of: offered) || has("accept-features") else { throw Refused(why: "features") }
@@ -409,6 +410,7 @@ final class Session {
   }
 
   private var hasOwner = false
+  private var featureQuestions = 0
 
   // MARK: Memory and rings
 
