@@ -72,6 +72,8 @@ package final class VirtioConsole: DeviceBackend {
 
   package func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
     if queue.index == ConsoleSpec.receiveQueue { input.start(queue) } else { output.start(queue) }
+    // Linux looks at the size when it hears of a change, and never at the start.
+    if windowSize != nil { context.configurationChanged() }
   }
 
   package func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue? {
