@@ -75,6 +75,7 @@ extension Supervisor {
     process.readyTime = .now
     try handOver(index)
     try sendStartIfComplete()
+    beRunningIfComplete()
   }
 
   private func handleEnd(_ index: Int) throws(SupervisionError) {
@@ -153,8 +154,8 @@ extension Supervisor {
       core?.readyTime = .now
       try sendStartIfComplete()
     case .started:
-      if phase == .starting { phase = .running }
-      becameRunning()
+      guestHasStarted = true
+      beRunningIfComplete()
     case .done, .refused, .information: answer(sequence, message)
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)

@@ -40,7 +40,7 @@ extension Supervisor {
     let null = try HostFiles.null()
     try startCore(null, kvm, kernel, initramfs)
     for device in devices { try start(device, null) }
-    if let serial { try startSerial(serial, null) }
+    if let serial { try connectSerial(serial) }
     for line in planner.announcements { say(.info, line) }
     try sendStartIfComplete()
   }
@@ -94,12 +94,21 @@ extension Supervisor {
     }
   }
 
-  private func startSerial(_ plan: TerminalPlan, _ null: borrowing OwnedFD) throws(SupervisionError) {
+  /// The core's end of the serial stream goes to the core. What the guest writes waits in it until the carrier is up.
+  private func connectSerial(_ plan: TerminalPlan) throws(SupervisionError) {
     let pair = try Self.pair(.stream)
-    _ = try startBackEnd(
-      VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments,
-      socket: pair.second.rawValue, plan.resources, null, isOnTerminal: plan.isOnTerminal)
     try send(.stream(.serial), [pair.first.rawValue])
+    waitingSerial = (plan, FDBox(pair.second))
+  }
+
+  /// Not before the devices are ready: they are what the guest waits for, and processors are few.
+  private func startSerial() throws(SupervisionError) {
+    guard let (plan, socket) = waitingSerial else { return }
+    waitingSerial = nil
+    _ = try startBackEnd(
+      VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments, socket: socket.number,
+      plan.resources, try HostFiles.null(), isOnTerminal: plan.isOnTerminal)
+    socket.close()
   }
 
   /// Starts a device program; our copies of its descriptors are closed at once.
@@ -181,12 +190,20 @@ extension Supervisor {
     waiting.socket.close()
   }
 
-  /// Once everybody is ready.
+  /// Once the core and all devices are ready.
   func sendStartIfComplete() throws(SupervisionError) {
     guard phase == .starting, coreIsReady, !startIsSent, waitingSockets.isEmpty,
       processes.allSatisfy({ $0.state == .ready })
     else { return }
     startIsSent = true
     startSequence = try send(.start)
+    try startSerial()
+  }
+
+  /// Once the guest has started and everybody is ready.
+  func beRunningIfComplete() {
+    guard phase == .starting, guestHasStarted, processes.allSatisfy({ $0.state == .ready }) else { return }
+    phase = .running
+    becameRunning()
   }
 }

@@ -7,7 +7,8 @@ import Sandbox
 /// Runs one VM. Single-threaded: one event loop, no waiting anywhere else once the VM runs.
 ///
 /// 1. `start`: open everything, start the core, configure it, start the devices beside it.
-/// 2. As each back end says READY its socket goes to the core; when all have and the core is ready: start.
+/// 2. As each back end says READY its socket goes to the core; when all have and the core is ready: start. The carrier of
+///    the serial port comes up beside the guest, which need not wait for it.
 /// 3. Watch: processes, the core's reports, signals, `martlet ctl`.
 /// 4. `end`: the core first (it takes the rings back), then the devices (the end of their sockets), then what we made.
 package final class Supervisor {
@@ -55,6 +56,8 @@ package final class Supervisor {
   var assignments: [DeviceAssignment] = []
   /// The core's ends of device sockets that wait for READY, by process index.
   var waitingSockets: [Int: (assignment: DeviceAssignment, socket: FDBox)] = [:]
+  /// The carrier of the serial port and its end of the stream, until it is started; nil without one.
+  var waitingSerial: (plan: TerminalPlan, socket: FDBox)?
   var reports: [String: DeviceReport] = [:]
   /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
   var escapeLines: [Int: FDBox] = [:]
@@ -62,6 +65,7 @@ package final class Supervisor {
   var coreIndex = 0
   var coreIsReady = false
   var startIsSent = false
+  var guestHasStarted = false
   var startSequence: UInt32 = 0
 
   /// Devices that exited with 0 while the VM runs, and when that is worth telling.

@@ -14,11 +14,7 @@ let runVerb = Verb(
       + ExitCode.table.map { HelpText.line("  \($0.code)", $0.meaning) }.joined()
   },
   run: { arguments in
-    // Checked here first, so that a mistyped option costs nothing; the supervisor reads the same words again.
-    do throws(ConfigurationError) { _ = try VMConfiguration(arguments: arguments) } catch {
-      Log.error(error.message)
-      return .usage
-    }
+    // The supervisor checks the options, before it does anything else: checking them here too would only take time.
     do throws(SystemError) {
       let path = try OwnProgram.directory() + "/martlet-supervisor"
       throw SystemError("start \(path)", become(path, ["martlet-supervisor"] + arguments))
