@@ -38,6 +38,7 @@ func tests(_ name: String, _ dependencies: [String]) -> Target {
 
 let layer0: [Target] = [
   .target(name: "CLinux", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"])]),
+  .target(name: "CRun", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror"])]),
   .systemLibrary(name: "CCapNG", pkgConfig: "libcap-ng", providers: [.apt(["libcap-ng-dev"])]),
 ]
 
@@ -85,7 +86,7 @@ let layer5: [Target] = [
 ]
 
 let programs: [Target] = [
-  program("martlet", ["CLinux", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"]),
+  program("martlet", ["CLinux", "CRun", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"]),
   program("martlet-supervisor", ["HostSystem", "ControlProtocol", "Supervision"]),
   program("martlet-core", ["HostSystem", "Monitor"]),
   program("martlet-block", ["HostSystem", "BlockDevice"]),

@@ -76,6 +76,8 @@ final class Installation: @unchecked Sendable {
   /// Waits until the VM with control socket `ctl` runs.
   func waitUntilRunning() throws {
     try waitUntil("a running VM") { try ctl("info", "--json").output.contains("\"state\":\"running\"") }
+    // The carrier of the serial port comes up beside the guest.
+    waitUntil("titles of all processes") { processes.allSatisfy { $0.title.hasPrefix("vm/") } }
   }
 
   /// What must be true after every end: no process, no socket file. Processes may take a moment to be reaped by init.
