@@ -48,6 +48,6 @@ struct Walls: ~Copyable {
     guard let call else {
       return who + "for a system call outside its list; the kernel's audit record of it cannot be read (dmesg, type=1326)"
     }
-    return who + "for calling \(SystemCall.name(call)) (\(call)) with arguments or at all outside its list"
+    return who + "for calling \(SystemCall.name(call)) (\(call)), which its list does not allow, or not with these arguments"
   }
 }

@@ -27,6 +27,8 @@ if program == "martlet-core" {
 
 func die(_ signal: Int32) -> Never {
   kill(getpid(), signal)
+  // The first process of a pid namespace cannot send itself signals; a fault ends it all the same.
+  if signal == SIGSEGV, let nowhere = unsafe UnsafeMutablePointer<Int>(bitPattern: 8) { unsafe nowhere.pointee = 1 }
   while true { sleep(1) }
 }
 
@@ -49,6 +51,11 @@ func runDevice() throws {
   do {
     let ready = try OwnedFD.inherited(4)
     try ready.writeAll(Array("READY\n".utf8))
+  }
+  if behaviour == "dev-violate", isMeant {
+    usleep(200_000)
+    try ProcessWalls.closeCalls([.base, .device], .on)
+    _ = try? OwnedFD.open("/etc/passwd", O_RDONLY)
   }
   if behaviour == "dev-die", isMeant {
     usleep(200_000)

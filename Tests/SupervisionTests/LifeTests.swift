@@ -213,4 +213,16 @@ struct LifeTests {
       home.expectNothingLeft()
     }
   }
+
+  @Test(.enabled(if: access("/dev/kmsg", R_OK) == 0, "The kernel's log cannot be read here."))
+  func forbiddenCallBecomesOneAuditLineWithItsName() throws {
+    let home = try Installation()
+    let vm = try home.start(["--name", "dev-violate", "--disk", "path=disk.img", "--sandbox", "on", "--control", "ctl"])
+    home.waitUntil("the audit line") { vm.errorText.contains("goes on without it") }
+    vm.signal(SIGTERM)
+    let lines = vm.wait().errorLines.filter { $0.contains("audit:") }
+    #expect(lines.count == 1)
+    #expect(lines.first?.contains("martlet-block of blk0 (pid ") == true)
+    #expect(lines.first?.contains("was killed for calling openat (257)") == true || lines.first?.contains("calling open (2)") == true)
+  }
 }
