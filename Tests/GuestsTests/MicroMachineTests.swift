@@ -11,7 +11,8 @@ struct MicroMachineTests {
     arguments: [(MicroGuest.Image.elf, "pvh"), (.unpaddedELF, "pvh"), (.bzImage, "linux64")])
   func starts(_ image: MicroGuest.Image, _ path: String) throws {
     let vm = try MicroVM()
-    let run = try vm.run("test=boot,exits,registers n=200 cpus=2 mib=96 mark=nut", ["--memory", "size=96M", "--cpus", "boot=2"], image: image)
+    let run = try vm.run(
+      "test=boot,exits,registers n=200 cpus=2 mib=96 mark=nut", ["--memory", "size=96M", "--cpus", "boot=2"], image: image)
     #expect(run.isClean, run.summary)
     #expect(run.report("start")?.detail.hasPrefix("path \(path) ") == true, run.summary)
     #expect(run.report("boot.command-line")?.detail.hasSuffix("mark nut") == true, run.summary)

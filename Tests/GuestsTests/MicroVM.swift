@@ -10,7 +10,8 @@ final class MicroVM {
   static let cannotRun: Comment = "This machine has no /dev/kvm that we may open, or the programs are not built."
   /// Taps are made in network namespaces of their own.
   static let canMakeTaps: Bool = {
-    guard canRun, geteuid() == 0, let program = try? RunningProgram("/usr/bin/unshare", ["--net", "ip", "tuntap", "add", "t", "mode", "tap"])
+    guard canRun, geteuid() == 0,
+      let program = try? RunningProgram("/usr/bin/unshare", ["--net", "ip", "tuntap", "add", "t", "mode", "tap"])
     else { return false }
     return program.wait().code == 0
   }()
@@ -33,13 +34,17 @@ final class MicroVM {
 
   /// An empty image; the option that makes a disk of it.
   func disk(_ file: String = "disk.img", mebibytes: Int = 16, _ keys: String = "") throws -> [String] {
-    guard FileManager.default.createFile(atPath: path(file), contents: nil), truncate(path(file), mebibytes << 20) == 0 else { throw TestFailure("\(file) cannot be made") }
+    guard FileManager.default.createFile(atPath: path(file), contents: nil), truncate(path(file), mebibytes << 20) == 0 else {
+      throw TestFailure("\(file) cannot be made")
+    }
     return ["--disk", "path=\(file)\(keys)"]
   }
 
   /// The words of `martlet run`.
   func command(_ commandLine: String, _ options: [String] = [], image: MicroGuest.Image = .elf) throws -> [String] {
-    var words = [BuiltPrograms.path("martlet"), "run", "--kernel", try MicroGuest.path(of: image), "--cmdline", commandLine, "--name", name]
+    var words = [
+      BuiltPrograms.path("martlet"), "run", "--kernel", try MicroGuest.path(of: image), "--cmdline", commandLine, "--name", name,
+    ]
     for (option, value) in [("--memory", "size=128M"), ("--console", "null"), ("--serial", "tty"), ("--control", "ctl")]
     where !options.contains(option) {
       words += [option, value]
