@@ -16,12 +16,16 @@ final class OutputQueue {
   /// `chain` is a chain of the ring's that is not done.
   private var isHolding = false
 
+  /// The driver has sent something since the queue was started.
+  private(set) var hasServed = false
+
   var isHere: Bool { queue != nil }
 
   func start(_ queue: consuming DeviceQueue) {
     chain = DescriptorChain(for: queue.ring)
     self.queue = consume queue
     isHolding = false
+    hasServed = false
   }
 
   /// Gives the queue back; what is held goes to the port as far as it fits.
@@ -70,7 +74,9 @@ final class OutputQueue {
       while left > 0 {
         if !isHolding {
           switch queue.ring.next(&chain) {
-          case .chain: isHolding = true
+          case .chain:
+            isHolding = true
+            hasServed = true
           case .empty: break
           case .broken(let reason):
             queue.markBroken(reason)

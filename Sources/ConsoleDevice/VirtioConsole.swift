@@ -19,6 +19,8 @@ package final class VirtioConsole: DeviceBackend {
   /// SIGWINCH, from the terminal or from the supervisor.
   private let windowChanges: OwnedFD?
   private var windowSize: WindowSize?
+  /// The driver has been made to look at the size since its queues run.
+  private var sizeIsTold = false
 
   /// - Parameter control: where the escape key is reported; without it the program ends.
   package static func make(port: ConsolePort, control: consuming ControlLine?) throws(SystemError) -> VirtioConsole {
@@ -71,9 +73,12 @@ package final class VirtioConsole: DeviceBackend {
   }
 
   package func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
-    if queue.index == ConsoleSpec.receiveQueue { input.start(queue) } else { output.start(queue) }
-    // Linux looks at the size when it hears of a change, and never at the start.
-    if windowSize != nil { context.configurationChanged() }
+    if queue.index == ConsoleSpec.receiveQueue {
+      input.start(queue)
+    } else {
+      sizeIsTold = false
+      output.start(queue)
+    }
   }
 
   package func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue? {
@@ -84,8 +89,22 @@ package final class VirtioConsole: DeviceBackend {
   }
 
   package func kicked(queue index: Int, _ context: inout BackendContext) {
-    if index == ConsoleSpec.receiveQueue { input.fill(from: port) } else { drain() }
+    if index == ConsoleSpec.receiveQueue {
+      input.fill(from: port)
+    } else {
+      drain()
+      tellSize(&context)
+    }
     watch(&context)
+  }
+
+  /// Linux looks at the size when it hears of a change, and never at the start. It may only hear of one once its console
+  /// exists: before that, between DRIVER_OK and the making of the port, its driver stops at a BUG. The first output shows
+  /// that it does.
+  private func tellSize(_ context: inout BackendContext) {
+    guard !sizeIsTold, output.hasServed, windowSize != nil else { return }
+    sizeIsTold = true
+    context.configurationChanged()
   }
 
   package func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext) {

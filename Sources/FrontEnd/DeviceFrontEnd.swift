@@ -70,6 +70,8 @@ package final class DeviceFrontEnd {
   /// Calls to be replaced: the vector by queue. Only the last one counts.
   private var calls: [Int: UInt16?] = [:]
   private var configurationIsStale = false
+  /// The back end said that it changed: the driver hears of it even if the bytes are what they were.
+  private var changeIsAnnounced = false
   /// What is under way of the requests that a guest or the back end can cause at will. The next one waits, so that
   /// nobody can make queues grow.
   private var telling: Telling?
@@ -287,14 +289,18 @@ package final class DeviceFrontEnd {
         configurationIsStale = true
         break
       }
-      host?.update { $0.updateConfiguration(from: offset, with: bytes) }
+      let isAnnounced = changeIsAnnounced
+      changeIsAnnounced = false
+      host?.update { $0.updateConfiguration(from: offset, with: bytes, isAnnounced: isAnnounced) }
     case .configurationWritten, .configurationRefused:
       // Writing one field may change others, and a refused write must not stay in the guest's view. A refused read is
       // not repeated.
       if telling == .configurationWrite { configurationIsStale = true }
       telling = nil
     case .callReplaced: telling = nil
-    case .configurationChanged: configurationIsStale = true
+    case .configurationChanged:
+      configurationIsStale = true
+      changeIsAnnounced = true
     case .channelClosed: events.append(.channelClosed)
     case .failed(let error): lose(error)
     }

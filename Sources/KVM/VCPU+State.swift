@@ -79,6 +79,14 @@ extension VCPU {
     return refused
   }
 
+  /// Writes the time stamp counter's own value back, from which KVM keeps the offset it has. After a triple fault on AMD
+  /// processors that offset is no longer in force, though KVM goes on reckoning with it (seen with Linux 6.1, which clears
+  /// the processor's control block): the guest's timers would be late by the age of the host.
+  package borrowing func renewTimeStampCounter() throws(KVMError) {
+    let counter: UInt32 = 0x10
+    _ = try setMSRs(msrs([counter]))
+  }
+
   /// Local APIC registers, 1024 bytes as 64-bit words.
   package borrowing func lapic() throws(KVMError) -> [UInt64] {
     var words = [UInt64](repeating: 0, count: 128)

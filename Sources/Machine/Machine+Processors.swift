@@ -80,6 +80,7 @@ extension Machine {
             try processor.vcpu.restoreState(template.asProcessor(id: processor.id))
           }
         }
+        try processor.vcpu.renewTimeStampCounter()
       }
     } catch {
       throw .kvm(error)

@@ -119,9 +119,13 @@ package struct VirtioPCIFunction: Sendable {
     state.completeQueueReset(index)
   }
 
-  /// New bytes of the device configuration, from `offset` on. An equal copy changes nothing and interrupts nobody.
-  package mutating func updateConfiguration(from offset: Int = 0, with bytes: [UInt8]) -> [TransportEffect] {
-    guard configuration.replace(from: offset, with: bytes), state.status.contains(.driverOK) else { return [] }
+  /// New bytes of the device configuration, from `offset` on. An equal copy changes nothing, and interrupts nobody unless the
+  /// device itself announced a change.
+  package mutating func updateConfiguration(
+    from offset: Int = 0, with bytes: [UInt8], isAnnounced: Bool = false
+  ) -> [TransportEffect] {
+    let isChanged = configuration.replace(from: offset, with: bytes)
+    guard isChanged || isAnnounced, state.status.contains(.driverOK) else { return [] }
     return configurationInterrupt()
   }
 
