@@ -81,7 +81,7 @@ struct MicroNetTests {
   static func below() throws -> [String] {
     let script = """
       ip link set lo up && ip tuntap add tap0 mode tap && ip link set tap0 up || exit 99
-      "$0" tap0 >echo & echo=$!
+      : >echo; "$0" tap0 >>echo & echo=$!
       until grep -q READY echo; do sleep 0.01; done
       "$@"; code=$?
       kill $echo
