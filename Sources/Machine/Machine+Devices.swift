@@ -85,6 +85,9 @@ extension Machine {
     }
   }
 
+  /// Whether the guest has sent bytes that nobody has taken.
+  package var hasSerialOutput: Bool { deviceLock.withLock { !devices.serial.output.isEmpty } }
+
   /// Bytes of input that the port has room for now.
   package var serialInputRoom: Int { deviceLock.withLock { devices.serial.inputRoom } }
 

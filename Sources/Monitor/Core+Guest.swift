@@ -164,6 +164,6 @@ extension Core {
 
   private func flushSerial() {
     guard let machine = guest?.machine else { return }
-    _ = serial.send(from: machine)
+    serial.finish(from: machine)
   }
 }

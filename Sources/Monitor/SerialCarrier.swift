@@ -54,6 +54,20 @@ final class SerialCarrier {
     return isOpen
   }
 
+  /// The last output of a guest that has ended: waits for a carrier that is slow or has only just been started, at most
+  /// as long as `patience`. Only where nothing else is left to be served.
+  func finish(from machine: Machine, patience: Duration = .milliseconds(1500)) {
+    let deadline = MonotonicTime.now.advanced(by: patience)
+    // Bounded by the deadline.
+    while machine.hasSerialOutput, MonotonicTime.now < deadline {
+      guard send(from: machine), awaitsWriting else { continue }
+      switch stream {
+      case .none: return
+      case .some(let stream): _ = try? stream.waitUntil(.writable, timeout: deadline.since(.now))
+      }
+    }
+  }
+
   /// Moves input to the port as far as it has room. False when the stream has ended.
   func receive(into machine: Machine) -> Bool {
     guard let room = Optional(machine.serialInputRoom), room > 0 else {

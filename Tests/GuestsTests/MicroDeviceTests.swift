@@ -22,7 +22,9 @@ struct MicroDiskTests {
     #expect((run.report("blk.moved") != nil) == options.contains("move="), run.summary)
     let words = run.report("blk.speed")?.detail.split(separator: " ").map(String.init) ?? []
     let interrupts = words.firstIndex(of: "interrupts").flatMap { Int(words[$0 - 1]) } ?? -1
-    #expect((interrupts > 0) == (options.contains("spin") || options.contains("halt")), run.summary)
+    // A spinning driver may find every completion in the ring before its interrupt comes; a halted one cannot.
+    if options.contains("halt") { #expect(interrupts > 0, run.summary) }
+    if !options.contains("halt"), !options.contains("spin") { #expect(interrupts <= 0, run.summary) }
   }
 
   @Test func whatTheGuestWroteIsInTheImage() throws {

@@ -95,7 +95,8 @@ final class FakeSupervisor: @unchecked Sendable {
     var buffer = [UInt8](repeating: 0, count: Wire.maximumLength)
     while MonotonicTime.now < deadline {
       readSerial()
-      guard try socket.waitUntil(.readable, timeout: .milliseconds(50)) else { continue }
+      // Often: a serial stream nobody reads fills up, for the core sends bytes one by one.
+      guard try socket.waitUntil(.readable, timeout: .milliseconds(2)) else { continue }
       var count = 0
       buffer.withUnsafeMutableBytes { bytes in
         let reception = UnixSocket.receive(socket, into: bytes)
