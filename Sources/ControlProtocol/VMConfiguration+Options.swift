@@ -218,7 +218,7 @@ extension VMConfiguration {
     },
     Option(
       "sandbox", .text("MODE"), group: "Running",
-      summary: "walls around the VM's processes: on; off or log for debugging",
+      summary: "walls around the VM's processes: on when left out; off or log for debugging",
       example: "--sandbox on"
     ) { (draft, values) throws(ConfigurationError) in
       guard let mode = Sandbox(rawValue: values.text) else { throw values.badText("on, off or log") }

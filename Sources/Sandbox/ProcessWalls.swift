@@ -61,6 +61,8 @@ package enum ProcessWalls {
     _ rules: [SystemCallRule], _ mode: WallMode, allThreads: Bool
   ) throws(SandboxError) {
     guard mode != .off else { return }
+    // A kernel without filters: said once by the supervisor, as for Landlock above.
+    guard clinux_seccomp_can_kill() == 1 else { return }
     let refusal = mode == .log ? SystemCallFilter.Refusal.log : .killProcess
     let filter = SystemCallFilter(rules, refusal: refusal, processID: getpid())
     precondition(filter.instructions.count <= 4096, "A filter has at most BPF_MAXINSNS instructions.")

@@ -66,7 +66,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x5413))], reason: "ioctl"),
         SystemCallRule(
-          number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x5402))], reason: "ioctl"),
+          number: 16, conditions: [.init(argument: 1, test: .anyOf([0x5401, 0x5402]))], reason: "ioctl"),
       ]
     case .core:
       [
@@ -77,7 +77,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(
           number: 16, conditions: [.init(argument: 1, test: .anyOf([0x5000aea5, 0x4188aea7, 0x4080aea2, 0x4040aea0]))], reason: "ioctl"),
         SystemCallRule(
-          number: 16, conditions: [.init(argument: 1, test: .anyOf([0x4400ae8f, 0x4008ae89, 0x4004ae99]))], reason: "ioctl"),
+          number: 16, conditions: [.init(argument: 1, test: .anyOf([0x4400ae8f, 0xc008ae88, 0x4008ae89, 0x4004ae99]))], reason: "ioctl"),
         SystemCallRule(
           number: 16, conditions: [.init(argument: 1, test: .anyOf([0x8030ae7c, 0x4030ae7b, 0xaead]))], reason: "ioctl"),
         SystemCallRule(

@@ -32,7 +32,7 @@ struct Walls: ~Copyable {
   }
 
   /// Without an option.
-  static let standard = WallMode.off
+  static let standard = WallMode.on
 
   /// What a program is told.
   var arguments: [String] { mode == .off ? [] : ["--sandbox=\(mode.rawValue)"] }

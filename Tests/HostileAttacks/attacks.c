@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <signal.h>
@@ -186,4 +188,24 @@ int attack_wait(int child, int *code) {
   }
   *code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
   return WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+}
+
+int attack_forget(const int *calls, int count) {
+  struct sock_filter program[64];
+  if (count < 0 || count > 24) return -E2BIG;
+  int length = 0;
+  program[length++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+  for (int i = 0; i < count; i++) {
+    program[length++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, calls[i], 0, 1);
+    program[length++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+  }
+  program[length++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+  struct sock_fprog whole = {.len = length, .filter = program};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) return -errno;
+  return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &whole) < 0 ? -errno : 0;
+}
+
+int attack_execute(const char *path, char *const *arguments) {
+  execv(path, arguments);
+  return -errno;
 }

@@ -6,6 +6,7 @@
 //     --what=attacks        the attacks of HostileAttacks
 //     --what=sweep          every system call that no rule allows, and every rule with altered arguments: told are those
 //                           that were not killed; and every allowed call: told are those that were
+//     --what=without        no attack: executes the program behind `--` as on a kernel without the calls of --calls=NAME,...
 //     --victim=PID          a process outside
 //     --files=on|off        Landlock
 // Descriptors: 1 the report, 3 a sealed memory file, 4 a connected socket.
@@ -24,8 +25,24 @@ let lists = (value("lists") ?? "").split(separator: ",").compactMap { SystemCall
 let victim = CInt(value("victim") ?? "") ?? 1
 let rules = lists.flatMap(\.rules)
 
+if value("what") == "without" { executeWithout() }
+
 try ProcessWalls.raise(title: nil)
 try ProcessWalls.closeFiles(WallMode(rawValue: value("files") ?? "on") ?? .on)
+
+/// The calls fail with ENOSYS for the program and all that it starts.
+func executeWithout() -> Never {
+  let numbers = (value("calls") ?? "").split(separator: ",").map { CInt(SystemCall.number(String($0)) ?? .max) }
+  let words = Array(arguments.drop { $0 != "--" }.dropFirst())
+  guard let program = words.first, !numbers.contains(-1) else { fatalError("a call is unknown, or no program is named") }
+  // SAFETY: the numbers live for the call.
+  guard unsafe numbers.withUnsafeBufferPointer({ unsafe attack_forget($0.baseAddress, CInt($0.count)) }) == 0 else { _exit(98) }
+  // SAFETY: the words are copied for good; this process ends or becomes another program.
+  let pointers = unsafe words.map { unsafe strdup($0) } + [nil]
+  // SAFETY: as above; the array ends with nil.
+  _ = unsafe pointers.withUnsafeBufferPointer { unsafe attack_execute(program, $0.baseAddress) }
+  _exit(97)
+}
 
 func report(_ line: String) { Log.write(line, to: 1) }
 

@@ -11,20 +11,27 @@ import Testing
     access("/dev/kvm", R_OK | W_OK) == 0
     && ["martlet", "martlet-supervisor", "martlet-core", "martlet-block", "martlet-console"].allSatisfy(BuiltPrograms.exists)
 
-  /// A VM with a disk and two consoles whose guest does nothing for a while.
-  private func start(_ directory: String, _ options: [String]) throws -> RunningProgram {
+  /// A micro guest and a disk in a new directory.
+  static func prepare(_ directory: String) throws {
     let root = URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent().deletingLastPathComponent()
     let build = try RunningProgram(root.path + "/scripts/micro-guests", [directory + "/micro"]).wait(seconds: 60)
     try #require(build.code == 0, "\(build.errors)")
-    try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true)
     try Data(count: 1 << 20).write(to: URL(fileURLWithPath: directory + "/disk.img"))
+  }
+
+  /// `run` with a disk and two consoles, the serial port in `log`.
+  static func command(_ directory: String, _ commandLine: String) -> [String] {
+    [
+      "run", "--name", "walls", "--kernel", directory + "/micro/micro.elf", "--cmdline", commandLine, "--cpus", "boot=2",
+      "--memory", "size=64M", "--disk", "path=disk.img", "--console", "null", "--serial", "file=log", "--control", "ctl",
+    ]
+  }
+
+  /// A VM whose guest does nothing for a while.
+  private func start(_ directory: String, _ options: [String]) throws -> RunningProgram {
+    try Self.prepare(directory)
     return try RunningProgram(
-      BuiltPrograms.path("martlet"),
-      [
-        "run", "--name", "walls", "--kernel", directory + "/micro/micro.elf", "--cmdline", "test=idle ms=60000", "--cpus",
-        "boot=2", "--memory", "size=64M", "--disk", "path=disk.img", "--console", "null", "--serial", "file=log",
-        "--control", "ctl",
-      ] + options, directory: directory)
+      BuiltPrograms.path("martlet"), Self.command(directory, "test=idle ms=60000") + options, directory: directory)
   }
 
   private func processes() -> [String: Int32] {

@@ -14,4 +14,10 @@ int attack_fork(void);
 // Waits for a child: its signal, or 0 and its exit code in `code`.
 int attack_wait(int child, int *code);
 
+// From here on, for this process and all that it starts, the calls of these numbers fail with ENOSYS, as if the kernel did
+// not have them. 0, or -errno.
+int attack_forget(const int *calls, int count);
+// Executes a program in this process's place; returns only when that fails.
+int attack_execute(const char *path, char *const *arguments);
+
 #endif
