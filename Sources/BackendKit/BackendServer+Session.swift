@@ -47,7 +47,7 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
       guard let old = ring.queue.take() else { return }
       let base = old.ring.base.rawValue
       ring.lastBase = base
-      let moved = try makeRing(layout, old.ring.configuration.features, base: base)
+      let moved = try makeRing(index, layout, old.ring.configuration.features, base: base)
       ring.queue = DeviceQueue(index: index, ring: moved, ports: ring.ports, kickFD: old.kickFD)
       try handOver(ring)
     } catch {
@@ -58,6 +58,7 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
 
   mutating func setFeatures(_ features: FeatureSet, logging: Bool) throws(Refusal) {
     if logging { throw Refusal("dirty logging is not offered", .notSupported) }
+    self.features = features
     // Features do not change while rings run: the session has seen to that.
     if !rings.contains(where: \.isStarted) { device.negotiated(features, &context) }
   }
@@ -67,7 +68,7 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
     guard let kick = setup.kick.take() else {
       throw Refusal("ring \(setup.index) has no kick descriptor, and rings are not polled", .notSupported)
     }
-    let moved = try makeRing(setup.layout, setup.features, base: setup.base)
+    let moved = try makeRing(setup.index, setup.layout, setup.features, base: setup.base)
     ring.queue = DeviceQueue(index: setup.index, ring: moved, ports: ring.ports, kickFD: kick.rawValue)
     ring.kick = EventFD(adopting: kick)
     do {
@@ -137,6 +138,8 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
     } catch {
       context.end(because: "The device cannot be reset: \(error.why)")
     }
+    // What was recorded belongs to rings that are no more.
+    inflight = nil
     device.reset(&context)
     return .done
   }
@@ -153,5 +156,19 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
     guard device.writeConfiguration(bytes, at: offset, &context) else {
       throw Refusal("the configuration bytes from \(offset) on are not all writable")
     }
+  }
+
+  mutating func makeInflightArea(queueCount: Int, queueSize: Int) throws(Refusal) -> InflightArea? {
+    // Not every front end has sent features by now; then there is room for either layout.
+    let isPacked = features.isEmpty || features.contains(.packedRing)
+    switch inflightStore {
+    case .some(let store): return try store.area(queueCount: queueCount, queueSize: queueSize, packed: isPacked)
+    case .none: return nil
+    }
+  }
+
+  mutating func setInflightArea(_ description: InflightDescription, _ descriptor: consuming OwnedFD) throws(Refusal) {
+    guard !rings.contains(where: \.isStarted) else { throw Refusal("rings run that are recorded elsewhere", .busy) }
+    inflight = try InflightMemory(description, descriptor, allowsUnsealed: allowsUnsealedMemory)
   }
 }

@@ -15,13 +15,22 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   var memory: GuestMemory?
   var regions: [(description: RegionDescription, region: MemoryRegion)] = []
   let rings: [RingRecord]
+  /// Where chains in flight are recorded, once the front end has said.
+  var inflight: InflightMemory?
+  let inflightStore: InflightStore?
+  var features: FeatureSet = []
   var hasWarnedOfUnsealed = false
 
   init(_ device: consuming Device, _ context: consuming BackendContext, allowsUnsealedMemory: Bool) throws(SystemError) {
-    profile = device.profile
+    let profile = device.profile
     var rings: [RingRecord] = []
     for index in 0..<profile.queueCount { rings.append(RingRecord(index: index, ports: try QueuePorts())) }
+    let store =
+      profile.recordsInflight
+      ? try InflightStore(queueCount: profile.queueCount, greatestQueueSize: profile.greatestQueueSize) : nil
+    self.profile = profile
     self.rings = rings
+    inflightStore = store
     self.device = device
     self.context = context
     self.allowsUnsealedMemory = allowsUnsealedMemory
@@ -31,6 +40,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   var offer: BackEndOffer {
     var features = BackEndOffer.standard
     if !device.configuration.isEmpty { features.insert(.config) }
+    if profile.recordsInflight { features.insert(.inflightShmFD) }
     return BackEndOffer(
       features: profile.features, protocolFeatures: features, queueCount: profile.queueCount,
       maximumQueueSize: Int(profile.greatestQueueSize))
@@ -109,6 +119,8 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
     }
     memory = nil
     regions = []
+    inflight = nil
+    features = []
     device.disconnected(&context)
   }
 
@@ -151,15 +163,18 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   }
 
   /// A ring of that shape in the present memory.
-  func makeRing(_ layout: VringLayout, _ features: FeatureSet, base: UInt32) throws(Refusal) -> Virtqueue {
+  func makeRing(_ index: Int, _ layout: VringLayout, _ features: FeatureSet, base: UInt32) throws(Refusal) -> Virtqueue {
     guard let memory else { throw Refusal("there is no guest memory yet") }
     guard let size = UInt16(exactly: layout.size) else { throw Refusal("a ring of \(layout.size) entries is impossible") }
+    let record = try inflight?.region(ofQueue: index, size: size, packed: features.contains(.packedRing))
     do {
-      return try Virtqueue(
+      let ring = try Virtqueue(
         VirtqueueConfiguration(
           size: size, descriptors: GuestAddress(layout.descriptorTable), driver: GuestAddress(layout.availableRing),
           device: GuestAddress(layout.usedRing), features: features, base: VringBase(rawValue: base)),
-        memory: memory)
+        memory: memory, inflight: record)
+      if ring.replayCount > 0 { Log.info("Queue \(index): \(ring.replayCount) requests were in flight and are done again") }
+      return ring
     } catch {
       throw Refusal("\(error)")
     }

@@ -22,6 +22,9 @@ public struct DeviceProfile: Sendable {
   /// The device takes started queues also while they are disabled, and is told by `enabled(queue:_:_:)`: a network card
   /// has to consume what is transmitted then. Otherwise it never sees a disabled queue.
   public var servesDisabledQueues = false
+  /// What is in flight is recorded in memory that outlives this process, where the front end asks for it, and chains that a
+  /// killed process left come again (`Virtqueue.next`) to the next one. Off for a device whose requests must not be done twice.
+  public var recordsInflight = true
 
   public init(
     device: DeviceID, queueCount: Int, greatestQueueSize: UInt16 = 1024, features: FeatureSet, kickWaiter: KickWaiter = .loop

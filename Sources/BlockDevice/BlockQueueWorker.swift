@@ -152,6 +152,8 @@ extension BlockQueueWorker where Engine: ~Copyable {
     unsafe slot.pointee.block = -1
     unsafe slot.pointee.rangeCount = 0
     inFlight += 1
+    // Several processes have been killed with it in flight.
+    if chain.isPoisoned { return refuse(index, .ioError, &queue) }
 
     switch BlockRequest.take(from: &chain, limits) {
     case .read(let sector):

@@ -113,7 +113,7 @@ package final class TransmitQueue {
 
   /// Sends one chain; false when the port takes nothing now. Everything else is an outcome that ends the chain.
   private func send(_ chain: inout DescriptorChain, _ port: PacketPort?, _ offloads: TransmitOffloads) -> Bool {
-    guard let header = chain.takeReadable(NetHeader.self) else {
+    guard !chain.isPoisoned, let header = chain.takeReadable(NetHeader.self) else {
       counters.refused &+= 1
       return true
     }

@@ -36,6 +36,9 @@ public struct DescriptorChain: ~Copyable, @unchecked Sendable {
   @usableFromInline var readableCount = 0
   @usableFromInline var writableCount = 0
   @usableFromInline var storedToken = ChainToken(head: 0, entryCount: 1)
+  /// Several processes have been killed with this chain in flight; it is to be answered with an error and not begun again.
+  @usableFromInline var storedIsPoisoned = false
+  @inlinable public var isPoisoned: Bool { storedIsPoisoned }
 
   /// Room for `capacity` pieces. A chain with more of them breaks the ring.
   public init(capacity: Int) {
@@ -90,6 +93,7 @@ public struct DescriptorChain: ~Copyable, @unchecked Sendable {
     readableCount = readableBytes
     writableCount = walk.bytes &- readableBytes
     storedToken = token
+    storedIsPoisoned = false
     return walk.bytes >> 32 == 0
   }
 
@@ -102,5 +106,6 @@ public struct DescriptorChain: ~Copyable, @unchecked Sendable {
     readableCount = builder.readableCount
     writableCount = builder.writableCount
     storedToken = token
+    storedIsPoisoned = false
   }
 }

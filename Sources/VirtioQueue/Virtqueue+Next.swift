@@ -8,6 +8,7 @@ extension Virtqueue {
   @inlinable
   public mutating func next(_ chain: inout DescriptorChain) -> ChainOutcome {
     if let broken { return .broken(broken) }
+    if hasReplays { return nextReplay(&chain) }
     return isPacked ? nextPacked(&chain) : nextSplit(&chain)
   }
 
@@ -15,6 +16,7 @@ extension Virtqueue {
   @inlinable
   public mutating func hasAvailable() -> Bool {
     guard broken == nil else { return false }
+    if hasReplays { return true }
     if isPacked {
       // SAFETY: availableIndex < size.
       let flags = unsafe clinux_load_acquire_u16(
@@ -31,6 +33,7 @@ extension Virtqueue {
   @inlinable
   public mutating func giveBack(_ token: ChainToken) {
     leave(token)
+    if recorder != nil, takeBackRecord(token) { return }
     if isPacked {
       if availableIndex < token.entryCount {
         availableIndex &+= size
@@ -40,6 +43,14 @@ extension Virtqueue {
     } else {
       availableIndex &-= 1
     }
+  }
+
+  /// True if it was a replayed chain, which does not come from the ring.
+  @usableFromInline @inline(never)
+  mutating func takeBackRecord(_ token: ChainToken) -> Bool {
+    if !isReplayed.isEmpty, giveBackReplay(token) { return true }
+    recorder?.giveBack(token)
+    return false
   }
 
   @usableFromInline @inline(never)

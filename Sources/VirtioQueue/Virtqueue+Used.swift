@@ -10,6 +10,7 @@ extension Virtqueue {
   public mutating func complete(_ token: ChainToken, written: UInt32) {
     leave(token)
     guard broken == nil else { return }
+    if recorder != nil { recordCompletion(token) }
     if isPacked {
       completePacked(token, written: written)
     } else {
@@ -50,6 +51,7 @@ extension Virtqueue {
   public mutating func coalesce(_ token: ChainToken) {
     precondition(isInOrder, "Used elements can be left out only when use in order was negotiated")
     leave(token)
+    if recorder != nil, broken == nil { recordCompletion(token) }
     coalescedEntries &+= token.entryCount
   }
 
@@ -59,6 +61,10 @@ extension Virtqueue {
     precondition(coalescedEntries == 0, "A coalesced chain needs a completion after it")
     guard unpublishedCount != 0, broken == nil else { return false }
     unpublishedCount = 0
+    if recorder != nil {
+      publishRecorded()
+      return isPacked ? needsCallPacked() : needsCallSplit()
+    }
     if isPacked {
       // Pairs with the driver's load of these flags: data, ids and lengths of the whole batch come before.
       // SAFETY: firstSlot < size.
@@ -70,5 +76,25 @@ extension Virtqueue {
     // SAFETY: the device area covers the used ring.
     unsafe clinux_store_release_u16(device + SplitRing.usedIndexOffset, usedIndex)
     return needsCallSplit()
+  }
+
+  /// Publishes as above, between the two halves of the record: killed at any point, the next process can tell from ring and
+  /// record together what the driver was told.
+  @usableFromInline @inline(never)
+  mutating func publishRecorded() {
+    guard let recorder else { return }
+    if isPacked {
+      recorder.preparePacked(usedIndex: usedIndex, usedWrap: usedWrap)
+      // SAFETY: firstSlot < size.
+      if recorder.mayStore() {
+        unsafe clinux_store_release_u16(descriptors + 16 * Int(firstSlot) + PackedRing.flagsOffset, firstFlags)
+      }
+      recorder.commitPacked(usedIndex: usedIndex, usedWrap: usedWrap)
+    } else {
+      recorder.prepareSplit()
+      // SAFETY: the device area covers the used ring.
+      if recorder.mayStore() { unsafe clinux_store_release_u16(device + SplitRing.usedIndexOffset, usedIndex) }
+      recorder.commitSplit(usedIndex: usedIndex)
+    }
   }
 }

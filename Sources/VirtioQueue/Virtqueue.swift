@@ -58,11 +58,34 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
   @usableFromInline var inFlightEntries = 0
   @usableFromInline var broken: BrokenRing?
 
+  /// Writes down what is in flight, where that is wanted.
+  @usableFromInline let recorder: InflightRecorder?
+  /// What a former process left, the next one to be taken again, and how far they have been counted.
+  var replays: [InflightRecovery.Replay] = []
+  var replayPosition = 0
+  var replayMark = 0
+  /// By head: it was taken from `replays`. Empty where nothing was left.
+  var isReplayed: [Bool] = []
+  @usableFromInline var hasReplays = false
+
   /// Takes over a ring as the driver has set it up. It need not be new: `configuration.base` says where it stands.
-  public init(_ configuration: VirtqueueConfiguration, memory: GuestMemory) throws(VirtqueueError) {
+  /// - Parameter inflight: where chains in flight are recorded. If a former process has recorded some there, they come
+  ///   first, and the record, not `configuration.base`, says where the ring stands.
+  public init(
+    _ configuration: VirtqueueConfiguration, memory: GuestMemory, inflight: InflightRegion? = nil
+  ) throws(VirtqueueError) {
     let pointers = try unsafe configuration.resolve(in: memory)
-    let base = configuration.base
     let packed = configuration.isPacked
+    var base = configuration.base
+    var recovery: InflightRecovery?
+    if let inflight {
+      guard inflight.byteCount >= InflightRegion.byteCount(size: configuration.size, packed: packed) else {
+        throw .inflight("it has \(inflight.byteCount) bytes")
+      }
+      let found = try unsafe Self.recover(inflight, configuration, pointers)
+      recovery = found
+      if let later = found.isFresh ? nil : unsafe Self.base(after: found, configuration, pointers) { base = later }
+    }
     // SAFETY: the device area of a split ring covers the used ring.
     let usedInMemory = unsafe packed ? 0 : clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
     let isPossible =
@@ -88,6 +111,72 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
     let words = (Int(size) + 63) / 64
     unsafe inFlight = .allocate(capacity: words)
     unsafe inFlight.initialize(repeating: 0, count: words)
+    if let inflight, let recovery {
+      let recorder = InflightRecorder(inflight, size: configuration.size, packed: packed)
+      recorder.begin(recovery, usedIndex: usedIndex, usedWrap: usedWrap)
+      self.recorder = recorder
+      replays = recovery.replays
+      hasReplays = !replays.isEmpty
+      if hasReplays { isReplayed = [Bool](repeating: false, count: Int(configuration.size)) }
+      if packed { hideUnpublished(recovery.entryCount) }
+    } else {
+      recorder = nil
+    }
+  }
+
+  private static func recover(
+    _ region: InflightRegion, _ configuration: VirtqueueConfiguration, _ pointers: RingPointers
+  ) throws(VirtqueueError) -> InflightRecovery {
+    guard configuration.isPacked else {
+      // SAFETY: the device area of a split ring covers the used ring.
+      let used = unsafe clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
+      return try .split(region, size: configuration.size, usedIndex: used)
+    }
+    let ring = unsafe pointers.descriptors
+    return try .packed(region, size: configuration.size, base: configuration.base) { slot, wrap in
+      // SAFETY: slot < size, checked by `packed`.
+      let flags = unsafe clinux_load_acquire_u16(ring + 16 * Int(slot) + PackedRing.flagsOffset)
+      return (flags & PackedRing.available != 0) != wrap || (flags & PackedRing.used != 0) == wrap
+    }
+  }
+
+  /// A batch is shown to the driver by its first descriptor, whose flags are stored last. If its process was killed before
+  /// that, the others already look used, and would be found by the driver behind the first one that is published now. The
+  /// slots of chains in flight are ours to write.
+  private func hideUnpublished(_ entryCount: Int) {
+    var slot = Int(usedIndex)
+    var wrap = usedWrap
+    for _ in 0..<min(entryCount, Int(size)) {
+      // SAFETY: slot < size.
+      let place = unsafe descriptors + 16 * slot + PackedRing.flagsOffset
+      let flags = unsafe clinux_load_relaxed_u16(place)
+      let marks = PackedRing.available | PackedRing.used
+      if flags & marks == (wrap ? marks : 0) {
+        unsafe clinux_store_release_u16(place, flags & ~marks | (wrap ? PackedRing.available : PackedRing.used))
+      }
+      slot += 1
+      if slot == Int(size) {
+        slot = 0
+        wrap.toggle()
+      }
+    }
+  }
+
+  /// Where the ring stands: behind what was answered come the chains in flight, then new ones.
+  private static func base(
+    after recovery: InflightRecovery, _ configuration: VirtqueueConfiguration, _ pointers: RingPointers
+  ) -> VringBase {
+    guard configuration.isPacked else {
+      // SAFETY: as above. The driver's index may have changed only if somebody else serves the ring.
+      let used = unsafe clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
+      return VringBase(availableIndex: used &+ UInt16(truncatingIfNeeded: recovery.replays.count))
+    }
+    // At most size entries are in flight: one turn.
+    let slot = Int(recovery.usedIndex) + recovery.entryCount
+    let wraps = slot >= Int(configuration.size)
+    return VringBase(
+      availableSlot: UInt16(truncatingIfNeeded: wraps ? slot - Int(configuration.size) : slot),
+      availableWrap: wraps ? !recovery.usedWrap : recovery.usedWrap, usedSlot: recovery.usedIndex, usedWrap: recovery.usedWrap)
   }
 
   deinit { unsafe inFlight.deallocate() }
@@ -126,9 +215,34 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
 
   // MARK: Heads in flight
 
-  /// Marks a head as in flight; false if it is already.
+  /// Marks a head as in flight and writes it down; false if it is in flight already.
   @inlinable @inline(__always)
   mutating func enter(_ head: UInt16, entryCount: UInt16) -> Bool {
+    guard mark(head, entryCount: entryCount) else { return false }
+    return recorder == nil || record(head, entryCount: entryCount)
+  }
+
+  @usableFromInline @inline(never)
+  func record(_ head: UInt16, entryCount: UInt16) -> Bool {
+    guard let recorder else { return true }
+    guard recorder.hasRoom(for: entryCount, inFlight: inFlightEntries - Int(entryCount)) else { return false }
+    if isPacked {
+      // SAFETY: the ring's descriptors, from the slot that the list begins at.
+      unsafe recorder.take(ChainToken(head: head, entryCount: entryCount), ring: descriptors, slot: availableIndex)
+    } else {
+      recorder.take(head: head)
+    }
+    return true
+  }
+
+  @usableFromInline @inline(never)
+  mutating func recordCompletion(_ token: ChainToken) {
+    recorder?.complete(token)
+    if !isReplayed.isEmpty { isReplayed[Int(token.head)] = false }
+  }
+
+  @inlinable @inline(__always)
+  mutating func mark(_ head: UInt16, entryCount: UInt16) -> Bool {
     let bit: UInt64 = 1 << UInt64(head & 63)
     // SAFETY: every caller has checked head < size.
     let word = unsafe inFlight[Int(head >> 6)]

@@ -20,6 +20,8 @@ public enum VirtqueueError: Error, Equatable, Sendable, CustomStringConvertible 
   case notMemory(Part, GuestAddress, byteCount: Int)
   /// The saved state is impossible for a ring of this size and content.
   case base(VringBase)
+  /// The record of chains in flight contradicts itself or the ring; nothing is replayed from it.
+  case inflight(String)
 
   public var description: String {
     switch self {
@@ -27,6 +29,7 @@ public enum VirtqueueError: Error, Equatable, Sendable, CustomStringConvertible 
     case .misaligned(let part, let address): "The \(part.rawValue) at \(address) is not aligned"
     case .notMemory(let part, let address, let count):
       "The \(part.rawValue) at \(address) of \(count) bytes is not within one region of guest memory"
+    case .inflight(let why): "The record of requests in flight cannot be used: \(why)"
     case .base(let base): "Ring state 0x\(String(base.rawValue, radix: 16)) is impossible for this ring"
     }
   }

@@ -1,4 +1,5 @@
 import Glibc
+import HostSystem
 import Testing
 import TestSupport
 import VMMemory
@@ -24,8 +25,13 @@ struct RingSpeedTests {
     return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
   }
 
-  private func measure(_ features: FeatureSet, indirect: Bool, rounds: Int) throws -> Figures {
+  private func measure(_ features: FeatureSet, indirect: Bool, recorded: Bool, rounds: Int) throws -> Figures {
     var pair = try QueuePair(size: 256, features)
+    if recorded {
+      let count = InflightRegion.byteCount(size: 256, packed: features.contains(.packedRing))
+      let region = try unwrap(InflightRegion(MemoryMapping.anonymous(byteCount: count), offset: 0, byteCount: count))
+      pair.device = try Virtqueue(pair.device.configuration, memory: pair.memory, inflight: region)
+    }
     let place = GuestFixture.buffers
     let buffers: InlineArray<3, DriverBuffer> = [readable(place, 16), writable(place + 4096, 4096), writable(place + 512, 1)]
     var figures = Figures()
@@ -72,11 +78,12 @@ struct RingSpeedTests {
       ("packed", [.version1, .eventIndex, .packedRing], false),
       ("packed indirect", [.version1, .eventIndex, .packedRing, .indirectDescriptors], true),
     ]
-    for (name, features, indirect) in kinds {
-      _ = try measure(features, indirect: indirect, rounds: 200)
+    let all = kinds.map { ($0.0, $0.1, $0.2, false) } + kinds.map { ($0.0 + " recorded", $0.1, $0.2, true) }
+    for (name, features, indirect, recorded) in all {
+      _ = try measure(features, indirect: indirect, recorded: recorded, rounds: 200)
       var best = Figures(offer: .max, take: .max, complete: .max, collect: .max, chains: 0)
       for _ in 0..<5 {
-        let run = try measure(features, indirect: indirect, rounds: 2000)
+        let run = try measure(features, indirect: indirect, recorded: recorded, rounds: 2000)
         best = Figures(
           offer: min(best.offer, run.offer), take: min(best.take, run.take), complete: min(best.complete, run.complete),
           collect: min(best.collect, run.collect), chains: run.chains)
