@@ -109,6 +109,8 @@ package struct DeviceReport: Equatable, Sendable {
     case needsReset
     /// The back end is gone.
     case lost
+    /// The back end is gone, and the guest waits for the next one without knowing.
+    case waiting
 
     package var name: String {
       switch self {
@@ -117,6 +119,7 @@ package struct DeviceReport: Equatable, Sendable {
       case .active: "active"
       case .needsReset: "needs-reset"
       case .lost: "lost"
+      case .waiting: "waiting-for-back-end"
       }
     }
   }

@@ -23,8 +23,11 @@ package enum SupervisorMessage: Equatable, Sendable {
   case shutdown
   /// Answered by `information`.
   case information
-  /// A back end has come back. Descriptor: its new vhost-user socket.
+  /// A back end has come back. Descriptor: its new vhost-user socket. Answered by `done` when it does what the one before
+  /// did, or by `refused`.
   case reattach(id: String)
+  /// No back end will come any more for a device that waits for one: the guest is told. Answered by `done`.
+  case giveUp(id: String)
 
   /// The platform's byte streams.
   package enum StreamKind: UInt8, Equatable, Sendable {
@@ -78,6 +81,8 @@ package struct DeviceAssignment: Equatable, Sendable {
   /// Fixed config space bytes for devices whose back end does not keep it (net: MAC, status, mtu); empty when the back
   /// end answers GET_CONFIG.
   package var configuration: [UInt8]
+  /// When the back end is lost while the guest runs, `reattach` or `giveUp` will follow; the guest is told nothing before.
+  package var isReplaceable = false
 
   package init(
     id: String, deviceType: DeviceID, pciSlot: UInt8, queueSizes: [UInt16], allowedFeatures: FeatureSet = FeatureSet(rawValue: .max),
@@ -99,12 +104,12 @@ extension SupervisorMessage {
     switch self {
     case .configure(let configuration): configuration.hasInitramfs ? 3 : 2
     case .device, .stream, .reattach: 1
-    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information: 0
+    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp: 0
     }
   }
 
   private enum Kind: UInt16 {
-    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach
+    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp
   }
 
   private var kind: Kind {
@@ -120,6 +125,7 @@ extension SupervisorMessage {
     case .shutdown: .shutdown
     case .information: .information
     case .reattach: .reattach
+    case .giveUp: .giveUp
     }
   }
 
@@ -146,8 +152,9 @@ extension SupervisorMessage {
       writer.text(device.id)
       writer.list(device.queueSizes) { $0.number($1) }
       writer.list(device.configuration) { $0.number($1) }
+      writer.flag(device.isReplaceable)
     case .stream(let stream): writer.number(stream.rawValue)
-    case .reattach(let id): writer.text(id)
+    case .reattach(let id), .giveUp(let id): writer.text(id)
     case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information: break
     }
     return writer.bytes
@@ -176,6 +183,7 @@ extension SupervisorMessage {
     case .shutdown: message = .shutdown
     case .information: message = .information
     case .reattach: message = .reattach(id: try reader.identifier())
+    case .giveUp: message = .giveUp(id: try reader.identifier())
     }
     try reader.finish()
     try header.checkDescriptors(expected: message.descriptorCount, received: descriptorCount)
@@ -221,6 +229,7 @@ extension DeviceAssignment {
     }
     guard !queueSizes.isEmpty else { throw .badField("queueSizes") }
     configuration = try reader.list("configuration", limit: 256) { reader throws(MessageError) in try reader.number() }
+    isReplaceable = try reader.flag("isReplaceable")
   }
 }
 

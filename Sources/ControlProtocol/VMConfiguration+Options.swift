@@ -54,6 +54,11 @@ extension VMConfiguration {
     ) { (draft, _) throws(ConfigurationError) in draft.result.restartsOnReset = false },
   ]
 
+  private static let deathKeys = [
+    KeyDescription("on-death", "restart|hold|fail|stop-vm", "when its back end dies; restart when left out"),
+    KeyDescription("restart-limit", "N", "deaths a minute before it is given up; 5 when left out"),
+  ]
+
   private static let vhostUserKeys = [
     KeyDescription("vhost_user", "on|off", "served by a back end that was started by hand"),
     KeyDescription("socket", "PATH", "listening socket of that back end"),
@@ -70,7 +75,7 @@ extension VMConfiguration {
           KeyDescription("serial", "TEXT", "serial number the guest reads, at most 20 bytes"),
           KeyDescription("num_queues", "N", "queues; one when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
-        ] + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
+        ] + deathKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
       example: "--disk path=root.img"
     ) { (draft, values) throws(ConfigurationError) in
       let serial = values["serial"]
@@ -89,7 +94,7 @@ extension VMConfiguration {
       let disk = Disk(
         id: "", source: source, serial: serial,
         queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues)) ?? 1),
-        queueSize: try values.queueSize("queue_size") ?? 256)
+        queueSize: try values.queueSize("queue_size") ?? 256, death: try values.deathPolicy())
       draft.add(.disk(disk), id: try values.id(), option: values.option)
     },
     Option(
@@ -100,7 +105,7 @@ extension VMConfiguration {
           KeyDescription("mac", "MAC", "address of the guest's card; derived from the names when left out"),
           KeyDescription("id", "NAME", "name of the device; net0, net1, ... when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
-        ] + vhostUserKeys), .many, group: "Devices", summary: "virtio network card, served by its own process",
+        ] + deathKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio network card, served by its own process",
       example: "--net tap=tap0"
     ) { (draft, values) throws(ConfigurationError) in
       let source: Net.Source
@@ -120,7 +125,8 @@ extension VMConfiguration {
         }
         address = bytes
       }
-      let net = Net(id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256)
+      let net = Net(id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256,
+        death: try values.deathPolicy())
       draft.add(.net(net), id: try values.id(), option: values.option)
     },
     Option(
@@ -209,12 +215,14 @@ extension VMConfiguration {
         KeyDescription("ready", "MS", "from the start of a process to its READY; 5000 when left out"),
         KeyDescription("connect", "MS", "for connecting to a back end's socket; 2000 when left out"),
         KeyDescription("reply", "MS", "for each answer of a back end; 5000 when left out"),
+        KeyDescription("fence", "MS", "for writes of a dead block process to end; 60000 when left out"),
       ]), group: "Running", summary: "how long to wait, in milliseconds", example: "--deadline ready=10000"
     ) { (draft, values) throws(ConfigurationError) in
       let range = 1...Limits.milliseconds
       if let time = try values.number("ready", in: range) { draft.result.deadlines.ready = UInt32(time) }
       if let time = try values.number("connect", in: range) { draft.result.deadlines.connect = UInt32(time) }
       if let time = try values.number("reply", in: range) { draft.result.deadlines.reply = UInt32(time) }
+      if let time = try values.number("fence", in: range) { draft.result.deadlines.fence = UInt32(time) }
     },
     Option(
       "sandbox", .text("MODE"), group: "Running",
@@ -241,6 +249,18 @@ extension VMConfiguration {
 }
 
 extension OptionValues {
+  fileprivate func deathPolicy() throws(ConfigurationError) -> VMConfiguration.DeathPolicy {
+    var policy = VMConfiguration.DeathPolicy()
+    if let text = self["on-death"] {
+      guard let action = VMConfiguration.DeathPolicy.Action(rawValue: text) else {
+        throw bad("on-death", "restart, hold, fail or stop-vm")
+      }
+      policy.action = action
+    }
+    if let limit = try number("restart-limit", in: 0...100_000) { policy.limit = Int(limit) }
+    return policy
+  }
+
   /// The socket of an external back end when `vhost_user=on`; nil when we serve the device ourselves.
   fileprivate func vhostUserSocket(excluding keys: [String]) throws(ConfigurationError) -> String? {
     guard try onOff("vhost_user", default: false) else {

@@ -26,6 +26,23 @@ package struct VMConfiguration: Equatable, Sendable {
     package static let milliseconds: UInt64 = 600_000
   }
 
+  /// What follows when a device's back end dies under a running guest.
+  package struct DeathPolicy: Equatable, Sendable {
+    package enum Action: String, CaseIterable, Sendable {
+      /// A new process takes over; the guest notices a pause. For a socket: connect again, as long as it takes.
+      case restart
+      /// The device waits; the guest is told nothing.
+      case hold
+      /// The guest is told that the device needs a reset; the VM lives.
+      case fail
+      /// The VM ends.
+      case stopVM = "stop-vm"
+    }
+    package var action = Action.restart
+    /// More deaths of a process within a minute are a failure for good.
+    package var limit = 5
+  }
+
   package struct Disk: Equatable, Sendable {
     package enum Source: Equatable, Sendable {
       case image(path: String, readOnly: Bool)
@@ -38,6 +55,7 @@ package struct VMConfiguration: Equatable, Sendable {
     package var serial: String?
     package var queueCount: UInt16
     package var queueSize: UInt16
+    package var death = DeathPolicy()
   }
 
   package struct Net: Equatable, Sendable {
@@ -50,6 +68,7 @@ package struct VMConfiguration: Equatable, Sendable {
     /// Six bytes; nil lets the supervisor derive one from VM name and id.
     package var mac: [UInt8]?
     package var queueSize: UInt16
+    package var death = DeathPolicy()
   }
 
   package struct GenericVhostUser: Equatable, Sendable {
@@ -81,6 +100,8 @@ package struct VMConfiguration: Equatable, Sendable {
     package var connect: UInt32 = 2000
     /// For each answer of a back end, in milliseconds.
     package var reply: UInt32 = 5000
+    /// For writes of a dead block process to end before another one may write, in milliseconds.
+    package var fence: UInt32 = 60_000
   }
 
   /// How the processes are walled in.
@@ -126,6 +147,13 @@ package struct VMConfiguration: Equatable, Sendable {
     for disk in disks { if disk.id == id, case .socket(let path) = disk.source { return path } }
     for net in nets { if net.id == id, case .socket(let path) = net.source { return path } }
     return generics.first { $0.id == id }?.socket
+  }
+
+  /// What follows when the device's back end dies.
+  package func deathPolicy(of id: String) -> DeathPolicy {
+    for disk in disks where disk.id == id { return disk.death }
+    for net in nets where net.id == id { return net.death }
+    return DeathPolicy()
   }
 
   /// Devices that take a PCI slot and a vhost-user session.

@@ -30,6 +30,10 @@ package final class DeviceFrontEnd {
     case channelClosed
     /// The back end is of no more use. The guest has been told (`DEVICE_NEEDS_RESET`).
     case lost(VhostUserError)
+    /// The back end is of no more use. The guest has not been told: a successor is awaited (`reattach`, `giveUp`).
+    case detached(VhostUserError)
+    /// The successor does what its predecessor did.
+    case restored
   }
 
   /// Where the device is, for reports.
@@ -44,39 +48,62 @@ package final class DeviceFrontEnd {
     case paused
     /// The driver set up rings that cannot be; it must reset.
     case broken
+    /// There is no back end now; a successor is awaited.
+    case detached
+    /// First contact with a successor.
+    case reattaching
     /// There is no back end any more.
     case lost
   }
 
+  /// A back end that is lost may be followed by another one. Set once the guest runs: before, there is nothing to go on with.
+  package var awaitsSuccessor = false
+
   package let name: String
-  package private(set) var state = State.negotiating
+  package internal(set) var state = State.negotiating
   /// What first contact brought; nil before.
-  package private(set) var offer: Offer?
+  package internal(set) var offer: Offer?
   /// What the driver acknowledged; empty while there is none.
   package private(set) var driverFeatures: FeatureSet = []
   /// Rings that run, or would but for a pause.
   package private(set) var activeQueues: [Int] = []
 
-  private var session: FrontEndSession
+  /// Nil while there is no back end.
+  var session: FrontEndSession?
+  let configuration: FrontEndConfiguration
+  /// What the driver has set up, for the next back end; nil while there is no driver, or it set up what cannot be.
+  var activation: BackEndActivation?
+  /// Used rings of a split device in guest memory, by queue.
+  var usedRings: [Int: UInt64] = [:]
+  /// The driver's rings have been started by some back end, so that they no longer stand at their beginning.
+  var hasRun = false
+  /// A successor is being brought to where its predecessor was.
+  var isRestoring = false
+  /// The driver set up rings that cannot be.
+  var isBroken = false
+  /// Requests in flight, as the back ends have recorded them.
+  var inflight: InflightKept?
+  /// Configuration bytes that the driver has written since its last reset, by offset: a successor must hear of them.
+  var told: [Int: UInt8] = [:]
   private let memory: SharedGuestMemory
-  private var host: (any DeviceHost)?
-  private var events: [Event] = []
+  var host: (any DeviceHost)?
+  var events: [Event] = []
 
   /// Effects that came while the device was paused, carried out afterwards.
   private var deferred: [TransportEffect] = []
   /// The state to return to after the pause.
   private var stateBeforePause = State.idle
-  private var writes = ConfigurationWrites()
+  var writes = ConfigurationWrites()
   /// Calls to be replaced: the vector by queue. Only the last one counts.
-  private var calls: [Int: UInt16?] = [:]
-  private var configurationIsStale = false
+  var calls: [Int: UInt16?] = [:]
+  var configurationIsStale = false
   /// The back end said that it changed: the driver hears of it even if the bytes are what they were.
   private var changeIsAnnounced = false
   /// What is under way of the requests that a guest or the back end can cause at will. The next one waits, so that
   /// nobody can make queues grow.
-  private var telling: Telling?
+  var telling: Telling?
 
-  private enum Telling { case call, configurationWrite, configurationRead }
+  enum Telling { case call, configurationWrite, configurationRead }
 
   /// - Parameter configuration: what to ask of the back end. Features this side cannot carry are removed from it.
   package init(
@@ -90,25 +117,31 @@ package final class DeviceFrontEnd {
     configuration.allowedFeatures.subtract([
       .accessPlatform, .ringReset, .notificationData, .notificationConfigData, .adminQueue, .suspend, .singleRootIO,
     ])
+    self.configuration = configuration
     session = try FrontEndSession(socket, configuration)
   }
 
   // MARK: For the event loop
 
-  package var socketNumber: CInt { session.socketNumber }
+  /// Nil while there is no back end.
+  package var socketNumber: CInt? { session?.socketNumber }
   /// From `.ready` on, if the back end may tell of configuration changes.
-  package var channelNumber: CInt? { session.channelNumber }
-  package var deadline: MonotonicTime? { session.deadline }
+  package var channelNumber: CInt? { session?.channelNumber }
+  package var deadline: MonotonicTime? { session?.deadline }
+
+  /// Closes the connection to a back end that is lost. Not before its descriptors are out of the event loop: their numbers
+  /// may come again at once.
+  package func closeLost() { if state == .detached || state == .lost { session = nil } }
 
   package func nextEvent() -> Event? { events.isEmpty ? nil : events.removeFirst() }
 
   package func receive(now: MonotonicTime) {
-    session.receive(now: now)
+    session?.receive(now: now)
     work(now)
   }
 
   package func handleTimeout(now: MonotonicTime) {
-    session.handleTimeout(now: now)
+    session?.handleTimeout(now: now)
     work(now)
   }
 
@@ -116,7 +149,7 @@ package final class DeviceFrontEnd {
 
   /// Makes first contact; ends with `.ready` or `.lost`.
   package func start(now: MonotonicTime) {
-    session.negotiate(now: now)
+    session?.negotiate(now: now)
     work(now)
   }
 
@@ -126,6 +159,7 @@ package final class DeviceFrontEnd {
   /// Stops the rings, waiting for what is in flight; ends with `.paused`. Only while no processor runs.
   package func pause(now: MonotonicTime) {
     guard state != .paused, state != .pausing else { return }
+    if state == .detached || state == .reattaching { lose(.closed(midMessage: false), mayAwait: false) }
     guard state != .lost, state != .negotiating else {
       stateBeforePause = state
       events.append(.paused)
@@ -134,7 +168,7 @@ package final class DeviceFrontEnd {
     // What is under way is finished first: operations are done in order.
     stateBeforePause = state == .activating ? .running : state == .resetting ? .idle : state
     state = .pausing
-    session.stop(now: now)
+    session?.stop(now: now)
     work(now)
   }
 
@@ -146,7 +180,7 @@ package final class DeviceFrontEnd {
     }
     if stateBeforePause == .running, !activeQueues.isEmpty {
       state = .activating
-      session.resume(now: now)
+      session?.resume(now: now)
     } else {
       state = stateBeforePause
       finishResume(now)
@@ -180,8 +214,12 @@ package final class DeviceFrontEnd {
     case .configurationWritten(let offset, let bytes):
       guard state != .lost, offer?.protocolFeatures.contains(.config) == true else { break }
       writes.add(offset: offset, bytes)
+      for (index, byte) in bytes.enumerated() { told[offset + index] = byte }
     case .queueVectorChanged(let queue, let vector):
       if activeQueues.contains(queue) { calls[queue] = .some(vector) }
+      if let position = activation?.vrings.firstIndex(where: { $0.index == queue }) {
+        activation?.vrings[position].call = vector.flatMap { host?.call(ofVector: Int($0)) }
+      }
     case .queueReset(let queue):
       // Not offered, hence not reached; answered all the same.
       host?.update { function in
@@ -194,26 +232,35 @@ package final class DeviceFrontEnd {
 
   private func activate(_ activation: VirtioTransport.Activation, _ now: MonotonicTime) {
     guard state != .lost else { return tellNeedsReset() }
+    let hasBackEnd = state != .detached && state != .reattaching
     driverFeatures = activation.features
     var vrings: [VringActivation] = []
+    usedRings = [:]
     for queue in activation.queues {
       guard let vring = vring(queue, activation.features) else {
-        state = .broken
+        isBroken = true
+        if hasBackEnd { state = .broken }
         return tellNeedsReset()
       }
       vrings.append(vring)
+      usedRings[queue.index] = queue.device
     }
     activeQueues = vrings.map(\.index)
     calls = [:]
+    hasRun = false
     guard !vrings.isEmpty else {
       // A driver without queues: nothing to serve, and nothing to complain about.
-      state = .running
+      if hasBackEnd { state = .running }
       return
     }
-    state = .activating
     // What the core offered on its own account (a card's MAC, say) is between the driver and the core.
     let shared = activation.features.intersection(offer?.features ?? [])
-    session.activate(BackEndActivation(features: shared, regions: memory.regions, vrings: vrings), now: now)
+    let wanted = BackEndActivation(features: shared, regions: memory.regions, vrings: vrings)
+    self.activation = wanted
+    guard hasBackEnd else { return }
+    state = .activating
+    hasRun = true
+    session?.activate(wanted, now: now)
   }
 
   /// A queue in the addresses that are named to back ends; nil when the driver put a part of it where no memory is.
@@ -240,12 +287,19 @@ package final class DeviceFrontEnd {
     calls = [:]
     writes.removeAll()
     activeQueues = []
-    guard state != .lost else { return completeReset() }
+    activation = nil
+    hasRun = false
+    isRestoring = false
+    isBroken = false
+    told = [:]
+    inflight = nil
+    // Without a back end there is nothing that would have to stop.
+    guard state != .lost, state != .detached, state != .reattaching else { return completeReset() }
     state = .resetting
-    session.reset(now: now)
+    session?.reset(now: now)
   }
 
-  private func completeReset() {
+  func completeReset() {
     host?.update { function in
       function.resetCompleted()
       return []
@@ -259,19 +313,22 @@ package final class DeviceFrontEnd {
   // MARK: What the back end does
 
   /// Takes what the session says until it says nothing more, and gives it what is waiting.
-  private func work(_ now: MonotonicTime) {
-    while let event = session.nextEvent() { take(event, now) }
+  func work(_ now: MonotonicTime) {
+    while let event = session?.nextEvent() { take(event, now) }
     tellNext(now)
-    while let event = session.nextEvent() { take(event, now) }
+    while let event = session?.nextEvent() { take(event, now) }
   }
 
   private func take(_ event: FrontEndSession.Event, _ now: MonotonicTime) {
     switch event {
     case .negotiated(let offer):
+      if state == .reattaching { return restore(offer, now) }
       self.offer = offer
       state = .idle
       events.append(.ready(offer))
-    case .activated: if state == .activating { state = .running }
+    case .activated:
+      if state == .activating { state = .running }
+      if isRestoring { finishRestoring() }
     case .stopped:
       guard state == .pausing else { break }
       state = .paused
@@ -312,20 +369,24 @@ package final class DeviceFrontEnd {
     if let (queue, vector) = calls.first {
       calls[queue] = nil
       telling = .call
-      session.replaceCall(index: queue, vector.flatMap { host?.call(ofVector: Int($0)) }, now: now)
+      session?.replaceCall(index: queue, vector.flatMap { host?.call(ofVector: Int($0)) }, now: now)
     } else if let run = writes.takeRun() {
       telling = .configurationWrite
-      session.writeConfiguration(offset: run.offset, bytes: run.bytes, now: now)
+      session?.writeConfiguration(offset: run.offset, bytes: run.bytes, now: now)
     } else if configurationIsStale, let count = offer.configuration?.count, count > 0 {
       configurationIsStale = false
       telling = .configurationRead
-      session.readConfiguration(offset: 0, count: count, now: now)
+      session?.readConfiguration(offset: 0, count: count, now: now)
     }
   }
 
-  private func lose(_ error: VhostUserError) {
+  func lose(_ error: VhostUserError, mayAwait: Bool = true) {
+    if mayAwait, awaitsSuccessor, offer != nil, state != .pausing, state != .paused { return detach(error) }
     let wasPausing = state == .pausing
     state = .lost
+    session?.abandon()
+    activation = nil
+    inflight = nil
     telling = nil
     writes.removeAll()
     calls = [:]

@@ -8,6 +8,8 @@ package protocol DeviceHost {
   func kick(ofQueue queue: Int) -> SharedDescriptor?
   /// The event of an interrupt vector, as a descriptor to be given away; nil when there is no such vector.
   func call(ofVector vector: Int) -> SharedDescriptor?
+  /// The used index of a split ring whose used ring is there in guest memory; nil when that is not memory.
+  func usedIndex(ofUsedRing address: UInt64) -> UInt16?
   /// Changes the registers the guest sees, and carries out what follows from it.
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect])
 }

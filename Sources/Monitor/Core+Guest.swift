@@ -18,12 +18,13 @@ extension Core {
         guard device.reason.isEmpty else {
           throw CoreError.device("Device \(device.assignment.id): \(device.reason)")
         }
-        try device.plug(into: guest.machine)
+        try device.plug(into: guest.machine, guest.memory)
       }
       try guest.enterPayload()
     } catch {
       return fail(error as? CoreError ?? .host("The VM cannot be started"), sequence: sequence)
     }
+    for device in devices { device.frontEnd.awaitsSuccessor = device.assignment.isReplaceable }
     startTime = .now
     state = .running
     guest.machine.resume()
@@ -69,13 +70,18 @@ extension Core {
             Log.warning("Device \(device.assignment.id): \(error.description)")
           }
         case .channelClosed: stopWatchingChannel(device)
-        case .lost(let error):
+        case .lost(let error), .detached(let error):
           // The supervisor tells the person, from the report or the failure that follows.
           device.reason = "\(error)"
           Log.info("Device \(device.assignment.id): \(error)")
           if let number = device.watchedSocket { loop.remove(number: number) }
           device.watchedSocket = nil
           stopWatchingChannel(device)
+          device.frontEnd.closeLost()
+          if let sequence = device.reattachSequence.take() { refuse("\(error)", sequence) }
+        case .restored:
+          device.reason = ""
+          if let sequence = device.reattachSequence.take() { answer(.done, sequence) }
         case .paused, .resumed: break
         }
       }

@@ -32,13 +32,15 @@ extension Core {
       beginReset()
     case .shutdown: beginEnd(answering: sequence)
     case .information: answer(.information(information), sequence)
-    case .reattach(let id):
-      // A device whose back end died stays lost until the guest is started again.
-      refuse("Device \(id) cannot be given a new back end while the VM runs", sequence)
+    case .reattach(let id): reattach(id, sequence, &descriptors)
+    case .giveUp(let id):
+      guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
+      device.frontEnd.giveUp()
+      answer(.done, sequence)
     }
   }
 
-  private func refuse(_ sentence: String, _ sequence: UInt32) {
+  func refuse(_ sentence: String, _ sequence: UInt32) {
     answer(.refused(sentence), sequence)
   }
 
@@ -88,12 +90,39 @@ extension Core {
       let device = try CoreDevice(
         assignment, socket, memory: guest.sharedMemory,
         replyDeadline: .milliseconds(Int64(configuration.replyDeadline)))
-      try loop.add(number: device.frontEnd.socketNumber, for: .readable, token: .device(devices.count))
-      device.watchedSocket = device.frontEnd.socketNumber
+      if let number = device.frontEnd.socketNumber {
+        try loop.add(number: number, for: .readable, token: .device(devices.count))
+        device.watchedSocket = number
+      }
       devices.append(device)
       device.frontEnd.start(now: .now)
     } catch {
       fail(.device("Device \(assignment.id): \(error)"))
+    }
+  }
+
+  /// A new back end for a device whose old one is gone.
+  private func reattach(_ id: String, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors) {
+    guard let index = devices.firstIndex(where: { $0.assignment.id == id }), let socket = descriptors.takeFirst() else {
+      return refuse("There is no device \(id)", sequence)
+    }
+    let device = devices[index]
+    // The end of the old one may not have been noticed yet.
+    device.frontEnd.receive(now: .now)
+    takeDeviceEvents()
+    guard device.reattachSequence == nil else { return refuse("Device \(id) is being given a back end already", sequence) }
+    do {
+      guard try device.frontEnd.reattach(socket, now: .now) else {
+        return refuse("Device \(id) has a back end, or cannot be given another", sequence)
+      }
+      device.reattachSequence = sequence
+      if let number = device.frontEnd.socketNumber {
+        try loop.add(number: number, for: .readable, token: .device(index))
+        device.watchedSocket = number
+      }
+    } catch {
+      device.reattachSequence = nil
+      refuse("Device \(id): \(error)", sequence)
     }
   }
 

@@ -2,6 +2,7 @@ import ControlProtocol
 import FrontEnd
 import HostSystem
 import Machine
+import VMMemory
 import VhostUser
 import VirtioSpec
 import VirtioTransport
@@ -19,6 +20,8 @@ final class CoreDevice {
   var reason = ""
   /// What the supervisor was told last.
   var lastReport: DeviceReport?
+  /// The request to give it a new back end, until that is done.
+  var reattachSequence: UInt32?
 
   init(
     _ assignment: DeviceAssignment, _ socket: consuming OwnedFD, memory: SharedGuestMemory, replyDeadline: Duration
@@ -31,6 +34,7 @@ final class CoreDevice {
     } else {
       configuration.wantedProtocolFeatures.remove(.config)
     }
+    configuration.wantedProtocolFeatures.insert(.inflightShmFD)
     configuration.hearsConfigurationChanges = configuration.configurationByteCount > 0
     configuration.timeouts.setUp = replyDeadline
     configuration.timeouts.suspend = replyDeadline
@@ -70,7 +74,7 @@ final class CoreDevice {
   }
 
   /// Shows the device to the guest as first contact found it. After `.ready`, before the guest runs.
-  func plug(into machine: Machine) throws(CoreError) {
+  func plug(into machine: Machine, _ memory: GuestMemory) throws(CoreError) {
     guard let offer = frontEnd.offer else {
       throw .device("Device \(assignment.id): its back end has not answered")
     }
@@ -95,7 +99,7 @@ final class CoreDevice {
     do {
       let index = try machine.addVirtioDevice(description, pciDevice: assignment.pciSlot)
       self.index = index
-      frontEnd.attach(MachineDeviceHost(machine: machine, index: index, queueLimit: queueLimit))
+      frontEnd.attach(MachineDeviceHost(machine: machine, memory: memory, index: index, queueLimit: queueLimit))
     } catch {
       throw .device("Device \(assignment.id): \(error.description)")
     }
@@ -113,6 +117,7 @@ final class CoreDevice {
       switch frontEnd.state {
       case .negotiating: .connecting
       case .lost: .lost
+      case .detached, .reattaching: .waiting
       case .broken: .needsReset
       case .idle, .resetting: .connected
       case .activating, .running, .pausing, .paused: frontEnd.activeQueues.isEmpty ? .connected : .active
@@ -132,6 +137,7 @@ final class CoreDevice {
 /// A function of the machine as its front end sees it.
 struct MachineDeviceHost: DeviceHost {
   let machine: Machine
+  let memory: GuestMemory
   let index: Int
   let queueLimit: QueueCountField?
 
@@ -141,6 +147,10 @@ struct MachineDeviceHost: DeviceHost {
 
   func call(ofVector vector: Int) -> SharedDescriptor? {
     machine.call(ofDevice: index, vector: vector).flatMap { try? SharedDescriptor(duplicating: $0.event.fd) }
+  }
+
+  func usedIndex(ofUsedRing address: UInt64) -> UInt16? {
+    memory.load(UInt16.self, at: GuestAddress(address &+ UInt64(SplitRing.usedIndexOffset)))
   }
 
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) {

@@ -14,6 +14,7 @@ final class GuestMachine {
   /// What back ends are told of guest memory.
   let sharedMemory: SharedGuestMemory
   private let ram: MachineMemory
+  var memory: GuestMemory { ram.memory }
   private let plan: BootPlan
   private let kernel: PayloadFile
   private let initramfs: PayloadFile?

@@ -13,7 +13,7 @@ final class DevicePlan {
   }
 
   let assignment: DeviceAssignment
-  let backEnd: BackEnd
+  var backEnd: BackEnd
 
   init(_ assignment: DeviceAssignment, _ backEnd: BackEnd) {
     self.assignment = assignment
@@ -69,8 +69,11 @@ struct DevicePlanner {
     _ id: String, _ type: DeviceID, _ queueSizes: [UInt16], own: FeatureSet = [], configuration: [UInt8] = []
   ) -> DeviceAssignment {
     defer { nextSlot += 1 }
-    return DeviceAssignment(
+    var assignment = DeviceAssignment(
       id: id, deviceType: type, pciSlot: nextSlot, queueSizes: queueSizes, ownFeatures: own, configuration: configuration)
+    let action = self.configuration.deathPolicy(of: id).action
+    assignment.isReplaceable = action == .restart || action == .hold
+    return assignment
   }
 
   private mutating func plan(_ disk: VMConfiguration.Disk) throws(SupervisionError) -> DevicePlan {

@@ -40,6 +40,38 @@ enum HostFiles {
     return fd
   }
 
+  /// The image of a disk whose process has died, opened anew, once nothing of that process is under way any more: the dead
+  /// ring's requests hold its open file, and with it the lock, until the last one has ended. Nil: not yet.
+  static func imageAfterDeath(
+    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus
+  ) throws(SupervisionError) -> OwnedFD? {
+    let what = "image of disk \(disk)"
+    let fd: OwnedFD
+    do { fd = try OwnedFD.open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY) } catch {
+      throw .file(what: what, path: path, error.errno)
+    }
+    let status = try examine(fd)
+    guard status.device == known.device, status.inode == known.inode else {
+      throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
+    }
+    try clearNonBlocking(fd)
+    let result = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
+    switch -result {
+    case 0: return fd
+    case EAGAIN, EACCES: return nil
+    // A file system without locks: there is no fence to be had. The disk is not used again.
+    default: throw .file(what: what, path: path, Errno(-result))
+    }
+  }
+
+  static func status(_ number: CInt) throws(SupervisionError) -> FileStatus {
+    let lent = OwnedFD(owning: number)
+    let result: Result<FileStatus, SupervisionError>
+    do throws(SupervisionError) { result = .success(try examine(lent)) } catch { result = .failure(error) }
+    _ = lent.release()
+    return try result.get()
+  }
+
   /// How long a lock without a living holder is waited for.
   private static let drainTime = Duration.seconds(3)
 

@@ -125,6 +125,7 @@ extension Supervisor {
       members.append(.init("type", .string(assignment.deviceType.description)))
       members.append(.init("slot", .unsigned(UInt64(assignment.pciSlot))))
       let report = reports[assignment.id]
+      members.append(.init("restarts", .unsigned(UInt64(cares[assignment.id]?.restartCount ?? 0))))
       members.append(.init("state", .string(report?.state.name ?? "waiting")))
       if let reason = report?.reason, !reason.isEmpty { members.append(.init("reason", .string(reason))) }
       let queues = report?.queues ?? assignment.queueSizes.map { .init(size: $0, isEnabled: false) }

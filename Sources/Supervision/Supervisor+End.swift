@@ -42,7 +42,9 @@ extension Supervisor {
       if let time = startDeadline { consider(time) }
       if let first = quietEnds.first { consider(first.deadline) }
     case .endingCore(let time), .endingDevices(let time, _): consider(time)
-    case .running: if let first = quietEnds.first { consider(first.deadline) }
+    case .running:
+      if let first = quietEnds.first { consider(first.deadline) }
+      for care in cares.values { if let time = care.nextStep(ready: configuration.deadlines.ready) { consider(time) } }
     case .ended: break
     }
     return nearest
@@ -85,7 +87,9 @@ extension Supervisor {
         }
       }
       phase = signalled ? .ended : .endingDevices(now.advanced(by: Self.signalGrace), signalled: true)
-    case .running: try reportQuietEnds(now)
+    case .running:
+      try reportQuietEnds(now)
+      restartDue(now)
     default: break
     }
   }

@@ -54,7 +54,13 @@ extension Supervisor {
     case .executed: break
     case .failed(let stage, let errno):
       let remedy = walls.mode == .off ? "" : stage.remedy
-      throw .launch("Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)\(remedy)")
+      let sentence = "Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)\(remedy)"
+      // Its end follows.
+      if phase == .running, index != coreIndex {
+        say(.warning, sentence)
+        break
+      }
+      throw .launch(sentence)
     }
     dropReport(process)
   }
@@ -118,6 +124,7 @@ extension Supervisor {
   /// A back end is gone: fatal before the guest runs, else told.
   private func report(_ process: VMProcess, _ end: ProcessEnd) throws(SupervisionError) {
     if phase == .starting { throw .endedEarly(process: process.id, program: process.program, end: end) }
+    if phase == .running, backEndDied(process, end) { return }
     say(.warning, "\(process.program) of \(process.id) (pid \(process.processID)) \(end); the VM goes on without it")
   }
 
@@ -156,9 +163,11 @@ extension Supervisor {
     case .started:
       guestHasStarted = true
       beRunningIfComplete()
-    case .done, .refused, .information: answer(sequence, message)
+    case .done, .refused, .information:
+      if !answerReattach(sequence, message) { answer(sequence, message) }
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)
+      if report.state == .waiting, old?.state != .waiting, case .running = phase { backEndLost(report) }
       if report.state == .needsReset || report.state == .lost, old?.state != report.state, case .running = phase {
         say(.warning, "Device \(report.id) is \(report.state.name)\(report.reason.isEmpty ? "" : ": " + report.reason)")
       }

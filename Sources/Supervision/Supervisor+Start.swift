@@ -26,6 +26,7 @@ extension Supervisor {
     var planner = DevicePlanner(configuration: configuration, guardian: guardian)
     devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
+    for device in devices { cares[device.assignment.id] = try care(for: device) }
     var serial: TerminalPlan?
     if configuration.serial != .off, configuration.serial != .null {
       serial = try planner.planTerminal(configuration.serial, option: "--serial")
@@ -90,6 +91,7 @@ extension Supervisor {
       let index = try startBackEnd(
         device.assignment.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
         queueCount: device.assignment.queueSizes.count, isOnTerminal: isOnTerminal)
+      cares[device.assignment.id]?.started(resources)
       waitingSockets[index] = (device.assignment, FDBox(pair.first))
     }
   }
@@ -108,13 +110,15 @@ extension Supervisor {
     _ = try startBackEnd(
       VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments, socket: socket.number,
       plan.resources, try HostFiles.null(), isOnTerminal: plan.isOnTerminal)
+    for resource in plan.resources { resource.close() }
     socket.close()
   }
 
-  /// Starts a device program; our copies of its descriptors are closed at once.
-  private func startBackEnd(
+  /// Starts a device program. Our copies of its resources are the caller's to close.
+  /// - Parameter dead: the process whose place it takes.
+  func startBackEnd(
     _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
-    _ null: borrowing OwnedFD, queueCount: Int = 1, isOnTerminal: Bool
+    _ null: borrowing OwnedFD, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil
   ) throws(SupervisionError) -> Int {
     let threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
     var ends: [CInt] = [-1, -1]
@@ -135,21 +139,23 @@ extension Supervisor {
     let launch = ChildLaunch(
       arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
       descriptors: [null.rawValue, null.rawValue, 2, socket, writing.rawValue] + resources.map(\.number),
-      identity: identities.next(), fileLimit: Self.deviceFileLimit,
+      identity: dead.map { processes[$0].identity } ?? identities.next(), fileLimit: Self.deviceFileLimit,
       parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL, namespaces: walls.namespaces, threadLimit: threadLimit)
-    let index = processes.count
-    try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal)
-    for resource in resources { resource.close() }
+    let index = try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal, inPlaceOf: dead)
     if let escapeLine {
+      // The other end, which was made here.
+      resources.last?.close()
       try watch(escapeLine.number, .escapeKey(index))
       escapeLines[index] = escapeLine
     }
     return index
   }
 
+  @discardableResult
   private func launchProcess(
-    _ id: String, _ program: String, _ launch: ChildLaunch, readyPipe: consuming OwnedFD?, isOnTerminal: Bool
-  ) throws(SupervisionError) {
+    _ id: String, _ program: String, _ launch: ChildLaunch, readyPipe: consuming OwnedFD?, isOnTerminal: Bool,
+    inPlaceOf dead: Int? = nil
+  ) throws(SupervisionError) -> Int {
     let executable = try programs.open(program)
     let child: StartedChild
     do { child = try launch.start(executable) } catch {
@@ -158,14 +164,15 @@ extension Supervisor {
     let process = VMProcess(
       id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
       readyPipe: readyPipe, startTime: .now)
-    let index = processes.count
-    processes.append(process)
+    let index = dead ?? processes.count
+    if let dead { processes[dead] = process } else { processes.append(process) }
     if let number = process.reportNumber { try watch(number, .launchReport(index)) }
     try watch(process.endNumber, .processEnd(index))
     if let number = process.readyNumber { try watch(number, .ready(index)) }
+    return index
   }
 
-  private static func pair(_ kind: UnixSocket.Kind) throws(SupervisionError) -> SocketPair {
+  static func pair(_ kind: UnixSocket.Kind) throws(SupervisionError) -> SocketPair {
     try attempt { () throws(SystemError) in
       try UnixSocket.pair(kind)
     } or: {
@@ -185,7 +192,7 @@ extension Supervisor {
 
   /// A back end said READY: its socket goes to the core, and our copy is closed.
   func handOver(_ index: Int) throws(SupervisionError) {
-    guard let waiting = waitingSockets.removeValue(forKey: index) else { return }
+    guard let waiting = waitingSockets.removeValue(forKey: index) else { return try handOverSuccessor(processes[index].id) }
     try send(.device(waiting.assignment), [waiting.socket.number])
     waiting.socket.close()
   }

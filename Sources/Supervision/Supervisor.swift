@@ -61,6 +61,8 @@ package final class Supervisor {
   var reports: [String: DeviceReport] = [:]
   /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
   var escapeLines: [Int: FDBox] = [:]
+  /// What is known of every device for the day its back end dies.
+  var cares: [String: DeviceCare] = [:]
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false

@@ -18,6 +18,8 @@ public struct FrontEndConfiguration: Sendable {
   public var hearsConfigurationChanges = false
   /// What was negotiated at first contact, when this is a later one: the back end must offer at least that again.
   public var fixedOffer: Offer?
+  /// The inflight area of the back end before this one, which is passed on when rings of its shape are started.
+  public var inflight: InflightKept?
   public var timeouts = FrontEndTimeouts()
 
   public init(allowedFeatures: FeatureSet) { self.allowedFeatures = allowedFeatures }
@@ -60,6 +62,17 @@ public struct Offer: Equatable, Sendable {
     self.queueCount = queueCount
     self.maximumMemorySlots = maximumMemorySlots
     self.configuration = configuration
+  }
+}
+
+/// An inflight area as a front end keeps it from one back end to the next: passed on, never looked into.
+public struct InflightKept: Sendable {
+  public var description: InflightDescription
+  public var descriptor: SharedDescriptor
+
+  public init(_ description: InflightDescription, _ descriptor: SharedDescriptor) {
+    self.description = description
+    self.descriptor = descriptor
   }
 }
 
@@ -111,6 +124,8 @@ public struct BackEndActivation: Sendable {
   public var features: FeatureSet
   public var regions: [SharedRegion]
   public var vrings: [VringActivation]
+  /// Configuration bytes to be written before any ring starts: what the driver told the back end before this one.
+  public var configuration: [ConfigMessage] = []
 
   public init(features: FeatureSet, regions: [SharedRegion], vrings: [VringActivation]) {
     self.features = features

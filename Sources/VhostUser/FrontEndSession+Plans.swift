@@ -95,7 +95,8 @@ extension FrontEndSession {
     guard let offer else { return [] }
     var features = activation.features
     if offer.hasProtocolFeatures { features.insert(.vhostUserProtocolFeatures) }
-    return [step(.setFeatures(features))] + (try memorySteps(activation.regions, offer)) + vringSteps(activation, bases: [])
+    let told = offer.protocolFeatures.contains(.config) ? activation.configuration.map { step(.setConfig($0)) } : []
+    return [step(.setFeatures(features))] + told + (try memorySteps(activation.regions, offer)) + vringSteps(activation, bases: [])
   }
 
   /// The whole table in one message where it fits, else region by region.

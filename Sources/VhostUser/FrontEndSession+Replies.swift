@@ -144,8 +144,12 @@ extension FrontEndSession {
     guard area.size >= entries * 16, area.size <= entries * 32 + UInt64(area.queueCount) * 8192 else {
       throw .invalidValue(field: "inflight size", value: area.size)
     }
+    // The sum was checked when the answer was decoded.
+    guard let file = try? fd.status(), file.byteCount >= area.mapOffset + area.size else {
+      throw .invalidValue(field: "inflight size beyond its file", value: area.size)
+    }
     let shared = SharedDescriptor(fd)
-    inflight = (area, shared)
+    inflight = InflightKept(area, shared)
     steps.insert(step(.setInflightFD(area), [shared]), at: nextStep)
   }
 

@@ -100,7 +100,8 @@ public struct FrontEndSession: ~Copyable {
   var bases: [VringState] = []
   /// The regions the back end holds because of `ADD_MEM_REG`.
   var addedRegions: [RegionDescription] = []
-  var inflight: (description: InflightDescription, descriptor: SharedDescriptor)?
+  /// The area in use, to be kept for the next back end; outlives a failure.
+  public internal(set) var inflight: InflightKept?
 
   public init(_ socket: consuming OwnedFD, _ configuration: FrontEndConfiguration) throws(VhostUserError) {
     precondition(
@@ -108,6 +109,7 @@ public struct FrontEndSession: ~Copyable {
         (0...ConfigMessage.maximumSpace).contains($0)
       }, "A configuration space has at most 256 bytes.")
     self.configuration = configuration
+    inflight = configuration.inflight
     connection = Connection(socket, expecting: .nothing, descriptorLimit: 8)
     if configuration.hearsConfigurationChanges {
       do {
@@ -203,6 +205,12 @@ public struct FrontEndSession: ~Copyable {
   /// Another call descriptor for a ring, or none. Ends with `.callReplaced`.
   public mutating func replaceCall(index: Int, _ call: SharedDescriptor?, now: MonotonicTime) {
     begin(.replaceCall(index: index, call), now)
+  }
+
+  /// Nothing more happens; nothing is reported.
+  public mutating func abandon() {
+    fail(.closed(midMessage: false))
+    events = []
   }
 
   private mutating func begin(_ operation: Operation, _ now: MonotonicTime) {

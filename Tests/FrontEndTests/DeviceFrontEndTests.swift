@@ -25,6 +25,8 @@ private final class FakeHost: DeviceHost {
 
   func kick(ofQueue queue: Int) -> SharedDescriptor? { kicks.indices.contains(queue) ? kicks[queue] : nil }
   func call(ofVector vector: Int) -> SharedDescriptor? { vectors.indices.contains(vector) ? vectors[vector] : nil }
+  var usedIndices: [UInt64: UInt16] = [:]
+  func usedIndex(ofUsedRing address: UInt64) -> UInt16? { usedIndices[address] ?? 0 }
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) { effects += change(&function) }
 
   var status: UInt8 { function.state.status.rawValue }

@@ -6,7 +6,7 @@ import TestSupport
 import Testing
 
 /// A VM that runs until it is ended, in a directory of its own.
-private final class WholeVM {
+final class WholeVM {
   let directory: String
   let micro: URL
 

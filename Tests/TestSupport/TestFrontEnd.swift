@@ -95,6 +95,42 @@ public final class TestFrontEnd {
     try passMemory()
   }
 
+  /// The record of requests in flight, once there is one.
+  public private(set) var inflight: InflightKept?
+
+  /// Asks the back end for a record of requests in flight and gives it back to it; before queues are started.
+  public func recordInflight(queues: Int, queueSize: UInt16) throws {
+    var answer = try frontEnd.request(.getInflightFD(InflightDescription(queueCount: UInt16(queues), queueSize: queueSize)))
+    guard case .inflight(let description) = answer.reply, let fd = answer.descriptors.takeFirst() else {
+      throw TestFailure("there is no inflight area")
+    }
+    inflight = InflightKept(description, SharedDescriptor(fd))
+    try passInflight()
+  }
+
+  public func passInflight() throws {
+    guard let inflight else { return }
+    _ = try frontEnd.request(.setInflightFD(inflight.description), descriptors: [inflight.descriptor.fd.rawValue])
+  }
+
+  /// Another back end for the same guest: what was negotiated is negotiated again, and every queue goes on from its used
+  /// index, or from where the record says.
+  public func reconnect(_ socket: consuming OwnedFD) throws {
+    frontEnd = BlockingFrontEnd(socket)
+    _ = try frontEnd.request(.setOwner)
+    guard FeatureSet(rawValue: try frontEnd.number(.getFeatures)) == offered else { throw TestFailure("other features are offered") }
+    _ = try frontEnd.request(.setProtocolFeatures(protocolFeatures))
+    _ = try frontEnd.request(.setFeatures(features.union(.vhostUserProtocolFeatures)))
+    try passMemory()
+    try passInflight()
+    for queue in queues {
+      let used = GuestAddress(queue.driver.configuration.device.rawValue + 2)
+      let isPacked = features.contains(.packedRing)
+      try start(queue, base: isPacked ? 0x8000_8000 : UInt32(memory.load(UInt16.self, at: used) ?? 0))
+      queue.kick.signal()
+    }
+  }
+
   var region: RegionDescription {
     RegionDescription(guestAddress: Self.guestStart, size: memoryByteCount, userAddress: Self.userStart, mapOffset: 0)
   }

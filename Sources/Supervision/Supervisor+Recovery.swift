@@ -1,0 +1,162 @@
+import ControlProtocol
+import HostSystem
+import Sandbox
+
+/// Death of a back end under a running guest (protocol/recovery.md).
+extension Supervisor {
+  func care(for device: DevicePlan) throws(SupervisionError) -> DeviceCare {
+    let id = device.assignment.id
+    let policy = configuration.deathPolicy(of: id)
+    switch device.backEnd {
+    case .external: return DeviceCare(id, .external(path: configuration.externalSocket(of: id) ?? ""), policy, image: nil)
+    case .program(let program, let arguments, let resources, let isOnTerminal):
+      var image: (path: String, readOnly: Bool, status: FileStatus)?
+      for disk in configuration.disks where disk.id == id {
+        if case .image(let path, let readOnly) = disk.source, let resource = resources.first {
+          image = (path, readOnly, try HostFiles.status(resource.number))
+        }
+      }
+      return DeviceCare(id, .program(program, arguments: arguments, isOnTerminal: isOnTerminal), policy, image: image)
+    }
+  }
+
+  /// A device process has ended. False: nothing is done about it, and the caller tells.
+  func backEndDied(_ process: VMProcess, _ end: ProcessEnd) -> Bool {
+    guard let care = cares[process.id] else { return false }
+    let what = "\(process.program) of \(process.id) (pid \(process.processID)) \(end)"
+    if case .none = care.step { care.lostTime = .now }
+    care.socket = nil
+    switch care.policy.action {
+    case .fail: return false
+    case .stopVM:
+      say(.error, "\(what); the VM ends, as on-death=stop-vm says")
+      self.end(.device, askCore: true)
+    case .hold:
+      care.step = .held
+      say(.warning, "\(what); the device is held")
+    case .restart:
+      guard let delay = care.delay(afterDeathAt: .now) else {
+        giveUp(care, "\(what), too often; the guest is told that the device needs a reset")
+        return true
+      }
+      care.step = .due(.now.advanced(by: delay))
+      say(.warning, "\(what); it is started again")
+    }
+    return true
+  }
+
+  /// The core has lost a back end. One of ours that lives is of no use any more; its end brings the next one.
+  func backEndLost(_ report: DeviceReport) {
+    guard let care = cares[report.id] else { return }
+    switch care.kind {
+    case .program:
+      if case .none = care.step { processes.first { $0.id == report.id }?.signal(9) }
+    case .external(let path):
+      guard care.step == .none else { return }
+      care.lostTime = .now
+      switch care.policy.action {
+      case .restart:
+        care.step = .due(.now)
+        say(.warning, "Back end of \(report.id) at '\(path)' is gone (\(report.reason)); connecting until it is back")
+      case .stopVM:
+        say(.error, "Back end of \(report.id) at '\(path)' is gone; the VM ends, as on-death=stop-vm says")
+        end(.device, askCore: true)
+      case .hold, .fail: care.step = .held
+      }
+    }
+  }
+
+  private func giveUp(_ care: DeviceCare, _ why: String) {
+    care.step = .givenUp
+    say(.error, why)
+    _ = channel?.send(.giveUp(id: care.id))
+  }
+
+  /// Does what is due. Failures concern one device and never the VM.
+  func restartDue(_ now: MonotonicTime) {
+    for care in cares.values {
+      switch care.step {
+      case .due(let time) where time <= now: begin(care, now, fenceUntil: now.advanced(by: .milliseconds(configuration.deadlines.fence)))
+      case .fencing(let time, let until) where time <= now: begin(care, now, fenceUntil: until)
+      case .starting(let start) where start.advanced(by: .milliseconds(configuration.deadlines.ready)) <= now:
+        say(.warning, "The new process of \(care.id) was not ready within \(configuration.deadlines.ready) ms and is killed")
+        care.step = .none
+        processes.first { $0.id == care.id }?.signal(9)
+      default: break
+      }
+    }
+  }
+
+  private func begin(_ care: DeviceCare, _ now: MonotonicTime, fenceUntil: MonotonicTime) {
+    do throws(SupervisionError) {
+      switch care.kind {
+      case .external(let path):
+        guard let socket = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) else {
+          care.step = .due(now.advanced(by: DeviceCare.connectInterval))
+          return
+        }
+        try reattach(care, FDBox(socket))
+      case .program(let program, let arguments, let isOnTerminal):
+        var resources = care.resources
+        if let image = care.image {
+          guard
+            let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: care.id, sameAs: image.status)
+          else {
+            guard now < fenceUntil else {
+              return giveUp(
+                care, "Writes of the dead process of \(care.id) do not end; nothing is done again, and the device needs a reset")
+            }
+            care.step = .fencing(now.advanced(by: DeviceCare.fenceInterval), until: fenceUntil)
+            return
+          }
+          resources = [FDBox(fd)]
+        }
+        defer { if care.image != nil { for resource in resources { resource.close() } } }
+        guard let dead = processes.firstIndex(where: { $0.id == care.id }) else { return }
+        let pair = try Self.pair(.stream)
+        let null = try HostFiles.null()
+        _ = try startBackEnd(
+          care.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
+          queueCount: reports[care.id]?.queues.count ?? 1, isOnTerminal: isOnTerminal, inPlaceOf: dead)
+        care.socket = FDBox(pair.first)
+        care.step = .starting(since: now)
+      }
+    } catch {
+      giveUp(care, "\(error.message ?? "It failed"); the device \(care.id) needs a reset")
+    }
+  }
+
+  /// The new process said READY.
+  func handOverSuccessor(_ id: String) throws(SupervisionError) {
+    guard let care = cares[id], let socket = care.socket else { return }
+    care.socket = nil
+    try reattach(care, socket)
+  }
+
+  private func reattach(_ care: DeviceCare, _ socket: FDBox) throws(SupervisionError) {
+    care.step = .reattaching(sequence: try send(.reattach(id: care.id), [socket.number]))
+    socket.close()
+  }
+
+  /// The core's answer to `reattach`; false when the answer is to something else.
+  func answerReattach(_ sequence: UInt32, _ message: CoreMessage) -> Bool {
+    guard let care = cares.values.first(where: { $0.step == .reattaching(sequence: sequence) }) else { return false }
+    switch message {
+    case .done:
+      care.succeeded()
+      let gap = MonotonicTime.now.since(care.lostTime).nanoseconds / 1_000_000
+      say(.info, "Device \(care.id) is served again, \(gap) ms after its back end was lost")
+    case .refused(let sentence):
+      say(.warning, "The new back end of \(care.id) cannot be used: \(sentence)")
+      switch care.kind {
+      // Its end counts as a death, and decides how it goes on.
+      case .program:
+        care.step = .none
+        processes.first { $0.id == care.id }?.signal(9)
+      case .external: care.step = .due(.now.advanced(by: .seconds(1)))
+      }
+    default: break
+    }
+    return true
+  }
+}

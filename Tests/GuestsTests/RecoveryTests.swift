@@ -1,0 +1,84 @@
+// Device processes killed under a running guest that checks every byte.
+
+import Foundation
+import TestSupport
+import Testing
+
+@Suite("Back ends that die under a running guest", .serialized, .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs."))
+struct RecoveryTests {
+  /// Kills `victim` again and again while the guest works; returns how often.
+  private func killWhileRunning(_ home: WholeVM, _ vm: RunningProgram, _ victim: String, rounds: Int) -> Int {
+    var kills = 0
+    for _ in 0..<rounds where vm.isRunning {
+      if let pid = home.processes[victim], kill(pid, SIGKILL) == 0 { kills += 1 }
+      // In service again first: what dies before that is waited for longer and longer, and this guest's patience is 5 s.
+      while vm.isRunning, vm.errorText.components(separatedBy: "served again").count <= kills { usleep(2000) }
+      usleep(UInt32.random(in: 1000...30000))
+    }
+    return kills
+  }
+
+  private func serial(_ home: WholeVM) -> String {
+    (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
+  }
+
+  private func disks(_ home: WholeVM) throws -> String { try home.ctl("devices").output }
+
+  @Test("A disk's process is killed a hundred times under verified writes; the guest sees no error", arguments: ["", " plain=1"])
+  func disk(_ variant: String) throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=write depth=16 n=100000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    let kills = killWhileRunning(home, vm, "blk0", rounds: 100)
+    #expect(vm.wait().code == 0, "\(vm.errorText.suffix(1000))")
+    #expect(serial(home).contains("MICRO done ok"), "\(serial(home).suffix(1000))")
+    #expect(!serial(home).contains("FAIL"))
+    #expect(kills >= 10, "\(kills) kills")
+    home.expectNothingLeft()
+  }
+
+  @Test("A process that dies too often is given up, and the VM lives")
+  func crashLoop() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=boot end=hang", "--disk", "path=disk.img,restart-limit=3", "--control", "ctl", "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    for _ in 0..<400 {
+      if let pid = home.processes["blk0"] { kill(pid, SIGKILL) }
+      if vm.errorText.contains("too often") { break }
+      usleep(10_000)
+    }
+    #expect(vm.errorText.contains("too often"), "\(vm.errorText)")
+    #expect(vm.isRunning)
+    #expect(try home.ctl("info").output.contains("\"state\":\"running\""))
+    #expect(try disks(home).contains("\"state\":\"lost\""))
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  @Test("Policies: held, failed, and the end of the VM", arguments: ["hold", "fail", "stop-vm"])
+  func policies(_ policy: String) throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=boot end=hang", "--disk", "path=disk.img,on-death=" + policy, "--control", "ctl", "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    if policy == "stop-vm" {
+      #expect(vm.wait().code == 5)
+    } else {
+      usleep(300_000)
+      #expect(vm.isRunning)
+      #expect(home.processes["blk0"] == nil)
+      #expect(try disks(home).contains(policy == "hold" ? "waiting-for-back-end" : "\"lost\""))
+      vm.signal(SIGTERM)
+      #expect(vm.wait().code == 143)
+    }
+    home.expectNothingLeft()
+  }
+}
