@@ -125,7 +125,8 @@ extension VMConfiguration {
         }
         address = bytes
       }
-      let net = Net(id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256,
+      let net = Net(
+        id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256,
         death: try values.deathPolicy())
       draft.add(.net(net), id: try values.id(), option: values.option)
     },

@@ -161,30 +161,36 @@ struct InflightRecovery {
 
 extension InflightRecorder {
   /// Begins a record with what was found: the region says afterwards what the recovery decided.
-  func begin(_ recovery: InflightRecovery, usedIndex: UInt16, usedWrap: Bool) {
+  mutating func begin(_ recovery: InflightRecovery, usedIndex: UInt16, usedWrap: Bool) {
     nextCounter = recovery.nextCounter
     if isPacked {
-      next = recovery.next
-      last = recovery.last
       freeHead = recovery.freeHead
-      for replay in recovery.replays { entryOfID[Int(replay.head)] = replay.entry }
+      // SAFETY: the recovery's lists have `size` numbers, and its heads are below size.
+      for index in 0..<size {
+        unsafe next[index] = recovery.next[index]
+        unsafe last[index] = recovery.last[index]
+      }
+      for replay in recovery.replays { unsafe entryOfID[Int(replay.head)] = replay.entry }
     } else {
-      setLastBatchHead(recovery.lastBatchHead)
+      lastBatchHead = recovery.lastBatchHead
     }
+    var stores = AllStores()
     if recovery.isFresh {
-      store16(InflightLayout.sizeOffset, UInt16(size))
+      store16(InflightLayout.sizeOffset, UInt16(size), &stores)
       if isPacked {
-        for index in 0..<size { store16(InflightLayout.Packed.entry(index) + InflightLayout.Packed.next, UInt16(index + 1)) }
+        for index in 0..<size {
+          store16(InflightLayout.Packed.entry(index) + InflightLayout.Packed.next, UInt16(index + 1), &stores)
+        }
       }
     }
     let unit = isPacked ? InflightLayout.Packed.unit : InflightLayout.Split.unit
-    for entry in recovery.cleared { store16(unit * (Int(entry) + 1), 0) }
+    for entry in recovery.cleared { store16(unit * (Int(entry) + 1), 0, &stores) }
     if isPacked {
-      storeFreeHead()
-      storeUsed(usedIndex, usedWrap)
+      storeFreeHead(&stores)
+      storeUsed(usedIndex, usedWrap, &stores)
     } else {
-      store16(InflightLayout.Split.usedIndex, usedIndex)
+      store16(InflightLayout.Split.usedIndex, usedIndex, &stores)
     }
-    if recovery.isFresh { store16(InflightLayout.versionOffset, InflightLayout.version) }
+    if recovery.isFresh { store16(InflightLayout.versionOffset, InflightLayout.version, &stores) }
   }
 }

@@ -38,39 +38,42 @@ public struct InflightRegion: @unchecked Sendable {
 }
 
 /// Offsets, from the region's start or from that of an entry.
+@usableFromInline
 enum InflightLayout {
-  static let version: UInt16 = 1
+  @inlinable static var version: UInt16 { 1 }
 
-  static let versionOffset = 8
-  static let sizeOffset = 10
+  @inlinable static var versionOffset: Int { 8 }
+  @inlinable static var sizeOffset: Int { 10 }
 
   /// 16 bytes of header, 16 an entry.
+  @usableFromInline
   enum Split {
-    static let unit = 16
-    static let lastBatchHead = 12
-    static let usedIndex = 14
-    static func entry(_ index: Int) -> Int { unit + unit * index }
+    @inlinable static var unit: Int { 16 }
+    @inlinable static var lastBatchHead: Int { 12 }
+    @inlinable static var usedIndex: Int { 14 }
+    @inlinable static func entry(_ index: Int) -> Int { unit &+ unit &* index }
     /// In flight (one byte), and in its padding the number of replays (one byte of ours).
-    static let state = 0
-    static let next = 6
-    static let counter = 8
+    @inlinable static var state: Int { 0 }
+    @inlinable static var next: Int { 6 }
+    @inlinable static var counter: Int { 8 }
   }
 
   /// 32 bytes of header, 32 an entry.
+  @usableFromInline
   enum Packed {
-    static let unit = 32
+    @inlinable static var unit: Int { 32 }
     /// The free list's head and, in the next two bytes, its committed value.
-    static let freeHead = 12
+    @inlinable static var freeHead: Int { 12 }
     /// Used slot, committed used slot, used wrap counter, committed wrap counter: 2, 2, 1 and 1 byte.
-    static let used = 16
-    static func entry(_ index: Int) -> Int { unit + unit * index }
-    static let state = 0
-    static let next = 2
+    @inlinable static var used: Int { 16 }
+    @inlinable static func entry(_ index: Int) -> Int { unit &+ unit &* index }
+    @inlinable static var state: Int { 0 }
+    @inlinable static var next: Int { 2 }
     /// Last entry and number of entries of a list, 2 bytes each, in its first entry.
-    static let extent = 4
-    static let counter = 8
+    @inlinable static var extent: Int { 4 }
+    @inlinable static var counter: Int { 8 }
     /// A copy of the descriptor: id, flags, length, address.
-    static let idFlagsLength = 16
-    static let address = 24
+    @inlinable static var idFlagsLength: Int { 16 }
+    @inlinable static var address: Int { 24 }
   }
 }

@@ -31,6 +31,7 @@ extension Virtqueue {
     replayPosition += 1
     hasReplays = replayPosition < replays.count
     isReplayed[Int(replay.head)] = true
+    replayedCount += 1
     return .chain
   }
 
@@ -52,8 +53,8 @@ extension Virtqueue {
         builder.append(address, length, isWritable: flags & PackedRing.write != 0, storedMemory)
       }
       guard builder.broken == nil else { return builder }
-      // The links are our own copy, checked at the start.
-      if step + 1 < replay.entryCount { here = recorder.next[Int(here)] }
+      // SAFETY: the links are our own copy, and were checked to lead through `entryCount` entries.
+      if step + 1 < replay.entryCount { here = unsafe recorder.next[Int(here)] }
     }
     return builder
   }
@@ -63,6 +64,7 @@ extension Virtqueue {
   mutating func giveBackReplay(_ token: ChainToken) -> Bool {
     guard isReplayed[Int(token.head)], replayPosition > 0, replays[replayPosition - 1].head == token.head else { return false }
     isReplayed[Int(token.head)] = false
+    replayedCount -= 1
     replayPosition -= 1
     hasReplays = true
     return true

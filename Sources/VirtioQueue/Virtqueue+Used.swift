@@ -78,23 +78,12 @@ extension Virtqueue {
     return needsCallSplit()
   }
 
-  /// Publishes as above, between the two halves of the record: killed at any point, the next process can tell from ring and
-  /// record together what the driver was told.
   @usableFromInline @inline(never)
   mutating func publishRecorded() {
-    guard let recorder else { return }
-    if isPacked {
-      recorder.preparePacked(usedIndex: usedIndex, usedWrap: usedWrap)
-      // SAFETY: firstSlot < size.
-      if recorder.mayStore() {
-        unsafe clinux_store_release_u16(descriptors + 16 * Int(firstSlot) + PackedRing.flagsOffset, firstFlags)
-      }
-      recorder.commitPacked(usedIndex: usedIndex, usedWrap: usedWrap)
-    } else {
-      recorder.prepareSplit()
-      // SAFETY: the device area covers the used ring.
-      if recorder.mayStore() { unsafe clinux_store_release_u16(device + SplitRing.usedIndexOffset, usedIndex) }
-      recorder.commitSplit(usedIndex: usedIndex)
-    }
+    // SAFETY: firstSlot < size; the device area of a split ring covers the used ring.
+    let place =
+      unsafe isPacked ? descriptors + 16 * Int(firstSlot) + PackedRing.flagsOffset : device + SplitRing.usedIndexOffset
+    unsafe recorder?.publish(
+      .init(place: place, value: isPacked ? firstFlags : usedIndex, usedIndex: usedIndex, usedWrap: usedWrap))
   }
 }

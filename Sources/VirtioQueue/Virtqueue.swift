@@ -59,13 +59,15 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
   @usableFromInline var broken: BrokenRing?
 
   /// Writes down what is in flight, where that is wanted.
-  @usableFromInline let recorder: InflightRecorder?
+  @usableFromInline var recorder: InflightRecorder?
   /// What a former process left, the next one to be taken again, and how far they have been counted.
   var replays: [InflightRecovery.Replay] = []
   var replayPosition = 0
   var replayMark = 0
   /// By head: it was taken from `replays`. Empty where nothing was left.
   var isReplayed: [Bool] = []
+  /// Chains of `replays` that were taken and neither answered nor given back.
+  @usableFromInline var replayedCount = 0
   @usableFromInline var hasReplays = false
 
   /// Takes over a ring as the driver has set it up. It need not be new: `configuration.base` says where it stands.
@@ -112,7 +114,7 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
     unsafe inFlight = .allocate(capacity: words)
     unsafe inFlight.initialize(repeating: 0, count: words)
     if let inflight, let recovery {
-      let recorder = InflightRecorder(inflight, size: configuration.size, packed: packed)
+      var recorder = InflightRecorder(inflight, size: configuration.size, packed: packed)
       recorder.begin(recovery, usedIndex: usedIndex, usedWrap: usedWrap)
       self.recorder = recorder
       replays = recovery.replays
@@ -179,7 +181,10 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
       availableWrap: wraps ? !recovery.usedWrap : recovery.usedWrap, usedSlot: recovery.usedIndex, usedWrap: recovery.usedWrap)
   }
 
-  deinit { unsafe inFlight.deallocate() }
+  deinit {
+    unsafe inFlight.deallocate()
+    recorder?.deallocate()
+  }
 
   /// The memory behind the lent addresses.
   public var memory: GuestMemory { storedMemory }
@@ -215,30 +220,30 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
 
   // MARK: Heads in flight
 
-  /// Marks a head as in flight and writes it down; false if it is in flight already.
+  /// Marks a head as in flight and writes it down; false if it is in flight already, or if the ring cannot have as many
+  /// entries outstanding.
   @inlinable @inline(__always)
   mutating func enter(_ head: UInt16, entryCount: UInt16) -> Bool {
-    guard mark(head, entryCount: entryCount) else { return false }
-    return recorder == nil || record(head, entryCount: entryCount)
-  }
-
-  @usableFromInline @inline(never)
-  func record(_ head: UInt16, entryCount: UInt16) -> Bool {
-    guard let recorder else { return true }
-    guard recorder.hasRoom(for: entryCount, inFlight: inFlightEntries - Int(entryCount)) else { return false }
-    if isPacked {
-      // SAFETY: the ring's descriptors, from the slot that the list begins at.
-      unsafe recorder.take(ChainToken(head: head, entryCount: entryCount), ring: descriptors, slot: availableIndex)
-    } else {
-      recorder.take(head: head)
+    guard recorder != nil else { return mark(head, entryCount: entryCount) }
+    guard recorder?.hasRoom(for: entryCount, inFlight: inFlightEntries) == true, mark(head, entryCount: entryCount) else {
+      return false
     }
+    // SAFETY: the ring's descriptors, from the slot that the list begins at.
+    unsafe recorder?.take(ChainToken(head: head, entryCount: entryCount), ring: descriptors, slot: availableIndex)
     return true
   }
 
-  @usableFromInline @inline(never)
+  @inlinable @inline(__always)
   mutating func recordCompletion(_ token: ChainToken) {
     recorder?.complete(token)
-    if !isReplayed.isEmpty { isReplayed[Int(token.head)] = false }
+    if replayedCount != 0 { endReplay(token) }
+  }
+
+  @usableFromInline @inline(never)
+  mutating func endReplay(_ token: ChainToken) {
+    guard isReplayed[Int(token.head)] else { return }
+    isReplayed[Int(token.head)] = false
+    replayedCount -= 1
   }
 
   @inlinable @inline(__always)

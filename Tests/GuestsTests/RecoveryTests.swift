@@ -4,7 +4,9 @@ import Foundation
 import TestSupport
 import Testing
 
-@Suite("Back ends that die under a running guest", .serialized, .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs."))
+@Suite(
+  "Back ends that die under a running guest", .serialized, .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs.")
+)
 struct RecoveryTests {
   /// Kills `victim` again and again while the guest works; returns how often.
   private func killWhileRunning(_ home: WholeVM, _ vm: RunningProgram, _ victim: String, rounds: Int) -> Int {
@@ -28,7 +30,8 @@ struct RecoveryTests {
   func disk(_ variant: String) throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=100000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--cmdline", "test=blk op=write depth=16 n=100000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
+      "ctl",
       "--serial", "file=serial.log",
     ])
     try home.waitUntilRunning()

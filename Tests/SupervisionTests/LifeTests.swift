@@ -218,7 +218,7 @@ struct LifeTests {
   @Test(.enabled(if: access("/dev/kmsg", R_OK) == 0, "The kernel's log cannot be read here."))
   func forbiddenCallBecomesOneAuditLineWithItsName() throws {
     let home = try Installation()
-    let vm = try home.start(["--name", "dev-violate", "--disk", "path=disk.img", "--sandbox", "on", "--control", "ctl"])
+    let vm = try home.start(["--name", "dev-violate", "--disk", "path=disk.img,on-death=fail", "--sandbox", "on", "--control", "ctl"])
     home.waitUntil("the audit line") { vm.errorText.contains("goes on without it") }
     vm.signal(SIGTERM)
     let lines = vm.wait().errorLines.filter { $0.contains("audit:") }

@@ -127,6 +127,12 @@ def _killed(trial, victim):
         errors = (trial.place / "stderr").read_text()
         if f"of {victim} (pid {pid}) was killed by signal 9" not in errors:
             raise Failure(f"the loss of {victim} is not told: {errors}")
+        if f"Device {victim} is served again" not in errors:
+            raise Failure(f"{victim} did not come back: {errors}")
+        device = {one["id"]: one for one in trial.martlet.ask(running, "devices")["devices"]}[victim]
+        _expect("restarts", device["restarts"], 1)
+        if device["pid"] == pid:
+            raise Failure(f"{victim} has the pid of the dead process")
         running.process.terminate()
         _expect("the exit code", running.wait_for_end(20), 128 + signal.SIGTERM)
     trial.nothing_left_of(running)
@@ -143,7 +149,7 @@ for one in ("supervisor", "core", "blk0", "net0"):
         trial.only_martlet()
         _killed(trial, victim)
     killed.__name__ = f"killed_{one}"
-    scenario(f"kill -9 of {one}: nothing is left, tap and image are as they were", 120)(killed)
+    scenario(f"kill -9 of {one}: a device comes back, else all ends; nothing is left, tap and image are as they were", 120)(killed)
 
 
 @scenario("an ordinary user in group kvm runs a machine with a disk and a tap of its own", 120)
