@@ -75,7 +75,9 @@ struct BenchReport {
         .joined(separator: ", ") + "\n"
     }
     let cpu = run.backEndCPU.map { "back end \(Self.time(run.perRequest($0)))" } ?? "back end not visible"
-    text += "  CPU/request   \(cpu), tool \(Self.time(run.perRequest(run.toolCPU)))\n"
+    text += "  CPU/request   \(cpu), tool \(Self.time(run.perRequest(run.toolCPU)))"
+    if let waiting = run.waitingShare { text += " (it waited \(decimal(100 * waiting, 0)) % of the time)" }
+    text += "\n"
     text +=
       "  per request   \(decimal(run.perRequest(run.counts.kicks), 3)) kicks, \(decimal(run.perRequest(run.counts.calls), 3)) calls, system calls: back end "
     text += run.backEndSystemCalls.map { decimal($0, 3) + " (counted apart, under ptrace)" } ?? "not counted"
@@ -189,6 +191,7 @@ struct BenchReport {
         "back_end": .string(run.name), "back_end_cpu_percent": usage(run.backEndCPU), "tool_cpu_percent": usage(run.toolCPU),
         "back_end_cpu_ns_per_request": run.backEndCPU.map { .number(run.perRequest($0)) } ?? .null,
         "tool_cpu_ns_per_request": .number(run.perRequest(run.toolCPU)),
+        "tool_waiting_percent": run.waitingShare.map { .number(100 * $0) } ?? .null,
         "back_end_system_calls_per_request": run.backEndSystemCalls.map { .number($0) } ?? .null,
         "tool_system_calls_per_request": .number(run.perRequest(run.counts.systemCalls)),
         "kicks_per_request": .number(run.perRequest(run.counts.kicks)), "calls_per_request": .number(run.perRequest(run.counts.calls)),

@@ -42,18 +42,22 @@ struct LaneCounts: Sendable {
   var calls: UInt64 = 0
   /// System calls of the tool's own.
   var systemCalls: UInt64 = 0
+  /// Cycles in which the ring had nothing used, spinning or asleep.
+  var waitingCycles: UInt64 = 0
 
   var requests: UInt64 { reads + writes + flushes }
 
   static func + (a: LaneCounts, b: LaneCounts) -> LaneCounts {
     LaneCounts(
       reads: a.reads + b.reads, writes: a.writes + b.writes, flushes: a.flushes + b.flushes, errors: a.errors + b.errors,
-      kicks: a.kicks + b.kicks, calls: a.calls + b.calls, systemCalls: a.systemCalls + b.systemCalls)
+      kicks: a.kicks + b.kicks, calls: a.calls + b.calls, systemCalls: a.systemCalls + b.systemCalls,
+      waitingCycles: a.waitingCycles + b.waitingCycles)
   }
 }
 
 /// One queue under load: `depth` requests in flight, each with a slot of header, data and status of its own. Nothing
-/// allocates and no pointer is looked up between a completion and the request that replaces it.
+/// allocates and no pointer is looked up between a completion and the request that replaces it. In a split ring the slots
+/// are standing chains of three descriptors, so that a request writes a sector number and one entry of the ring.
 @safe
 struct BlockLane: ~Copyable, @unchecked Sendable {
   // @unchecked: handed to one thread, which is the only one to touch it.
@@ -63,7 +67,10 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   let words: LaneWords
   private let rate: CycleRate
 
-  /// Guest addresses of slot n are start + n * stride.
+  private let isStanding: Bool
+
+  /// Guest addresses of slot n are start + n * stride; statuses lie side by side, 64 to a cache line, since a batch of
+  /// them is written by one side and then read by the other.
   private let headers: GuestAddress
   private let statuses: GuestAddress
   private let data: GuestAddress
@@ -92,6 +99,8 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   var readLatency = LatencyHistogram()
   var writeLatency = LatencyHistogram()
   private var isMeasured = false
+  /// When the ring was first found empty; 0 while there is something to do.
+  private var idleSince: UInt64 = 0
   /// Of the requests a second that this lane may make.
   private let cyclesPerRequest: Double
   private var issued: UInt64 = 0
@@ -116,10 +125,10 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   private static func places(_ arena: Arena, _ job: BlockJob, _ capacity: UInt64) throws(ProbeError) -> Places {
     let depth = job.depth
     let headers = try arena.allocate(16 * depth)
-    let statuses = try arena.allocate(64 * depth)
+    let statuses = try arena.allocate(depth)
     let data = try arena.allocate(Int(job.blockSize) * depth, alignment: 4096)
     guard let headerPointer = unsafe arena.memory.translate(headers, byteCount: UInt64(16 * depth)),
-      let statusPointer = unsafe arena.memory.translate(statuses, byteCount: UInt64(64 * depth))
+      let statusPointer = unsafe arena.memory.translate(statuses, byteCount: UInt64(depth))
     else { throw .unsuitable("The probe's own memory is cut through a request; use one region") }
     let bytes = capacity * 512
     guard job.offset < bytes else { throw .unsuitable("The disk has \(bytes) bytes, and --offset lies beyond them") }
@@ -158,7 +167,13 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
     random = (job.seed &+ UInt64(ring.index) &+ 1) &* 0x9E37_79B9_7F4A_7C15
     cursor = blockCount / UInt64(max(1, job.queueCount)) * UInt64(ring.index % max(1, job.queueCount)) % blockCount
     cyclesPerRequest = job.rate.map { rate.cyclesPerSecond * Double(job.queueCount) / Double($0) } ?? 0
+    isStanding = ring.queue.allowsStandingChains && 3 * depth <= Int(ring.queue.configuration.size)
     self.ring = ring
+    // SAFETY: `places` was checked for so many bytes.
+    unsafe statusPointer.initializeMemory(as: UInt8.self, repeating: 0xFF, count: depth)
+    guard isStanding else { return }
+    self.ring.queue.beginStanding()
+    for slot in 0..<depth { stand(slot, Self.kindRead) }
   }
 
   deinit {
@@ -175,18 +190,31 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   private static let kindFlush: UInt8 = 2
 
   /// Takes what is done, offers new requests, kicks if asked to. True when anything moved.
+  @inline(__always)
   mutating func turn() -> Bool {
     let phase = words.load(.phase)
     if phase == 1, !isMeasured {
       isMeasured = true
       counts = LaneCounts()
+      if idleSince != 0 { idleSince = clinux_cycles() }
     }
-    let moved = takeUsed()
+    let moved = isStanding ? takeUsedStanding() : takeUsed()
     guard phase < 2 else {
       isMeasured = false
       return moved
     }
     return refill() || moved
+  }
+
+  /// Many turns; true when the last of them moved something. Spinning goes on without, sleeping does not.
+  mutating func work(spinning: Bool) -> Bool {
+    // Bounded, so that the caller sees the end of the run.
+    for _ in 0..<256 {
+      if turn() { continue }
+      if !spinning || isBroken || words.load(.phase) >= 2 { return false }
+      clinux_pause()
+    }
+    return true
   }
 
   @inline(__always)
@@ -197,34 +225,77 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
     while taken <= job.depth {
       switch ring.queue.nextUsed() {
       case .used(let head, _):
-        if taken == 0 { now = clinux_cycles() }
+        if taken == 0 { now = busy() }
         taken += 1
-        // SAFETY: heads are below 32768, slots below depth.
-        let slot = unsafe Int(slotOfHead[Int(head)])
-        unsafe finish(slot, now &- startCycles[slot])
-        unsafe freeSlots[freeCount] = UInt16(truncatingIfNeeded: slot)
-        freeCount += 1
+        // SAFETY: heads are below 32768.
+        unsafe finish(Int(slotOfHead[Int(head)]), now)
       case .empty:
-        if taken > 0 {
-          completed &+= UInt64(taken)
-          words.store(.completed, completed)
-        }
-        return taken > 0
+        return report(taken)
       case .broken:
         isBroken = true
         return false
       }
     }
+    return report(taken)
+  }
+
+  @inline(__always)
+  private mutating func takeUsedStanding() -> Bool {
+    var taken = 0
+    var now: UInt64 = 0
+    // Bounded: no more than `depth` requests are outstanding.
+    while taken <= job.depth {
+      switch ring.queue.nextUsedStanding() {
+      case .used(let head, _):
+        if taken == 0 { now = busy() }
+        taken += 1
+        finish(Int(head) / 3, now)
+      case .empty:
+        return report(taken)
+      case .broken:
+        isBroken = true
+        return false
+      }
+    }
+    return report(taken)
+  }
+
+  /// The time, once for all that is taken together; waiting is over.
+  @inline(__always)
+  private mutating func busy() -> UInt64 {
+    let now = clinux_cycles()
+    if idleSince != 0 {
+      counts.waitingCycles &+= now &- idleSince
+      idleSince = 0
+    }
+    return now
+  }
+
+  @inline(__always)
+  private mutating func report(_ taken: Int) -> Bool {
+    guard taken > 0 else {
+      if idleSince == 0 { idleSince = clinux_cycles() }
+      return false
+    }
+    completed &+= UInt64(taken)
+    words.store(.completed, completed)
     return true
   }
 
   @inline(__always)
-  private mutating func finish(_ slot: Int, _ cycles: UInt64) {
-    // SAFETY: slot < depth.
-    let status = unsafe clinux_load_relaxed_u8(statusPointer + 64 * slot)
+  private mutating func finish(_ slot: Int, _ now: UInt64) {
+    // SAFETY (all): slot < depth.
+    unsafe freeSlots[freeCount] = UInt16(truncatingIfNeeded: slot)
+    freeCount += 1
+    // A status that says well is left as it is: storing 0xFF over it would cost a cache line's way for each request. That
+    // statuses are written at all is for `check` to say.
+    let status = unsafe clinux_load_relaxed_u8(statusPointer + slot)
+    if status != 0 {
+      unsafe clinux_store_relaxed_u8(statusPointer + slot, 0xFF)
+      if isMeasured { counts.errors &+= 1 }
+    }
     guard isMeasured else { return }
-    if status != 0 { counts.errors &+= 1 }
-    let nanoseconds = rate.nanoseconds(cycles)
+    let nanoseconds = unsafe rate.nanoseconds(now &- startCycles[slot])
     switch unsafe kinds[slot] {
     case Self.kindRead:
       counts.reads &+= 1
@@ -273,29 +344,51 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   @inline(__always)
   private mutating func offer(_ slot: Int) -> Bool {
     let kind = nextKind()
-    let type: UInt32 = kind == Self.kindRead ? 0 : kind == Self.kindWrite ? 1 : 4
     let sector = kind == Self.kindFlush ? 0 : firstSector &+ nextBlock() &* sectorsPerBlock
-    let offset = UInt64(slot)
-    // SAFETY: slot < depth, for which headers and statuses were checked.
-    unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot, UInt64(type))
+    // SAFETY (all): slot < depth, for which headers and statuses were checked.
     unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot + 8, sector)
-    unsafe clinux_store_relaxed_u8(statusPointer + 64 * slot, 0xFF)
-    unsafe kinds[slot] = kind
-    let header = DriverBuffer(GuestAddress(headers.rawValue &+ 16 &* offset), 16, isDeviceWritable: false)
-    let status = DriverBuffer(GuestAddress(statuses.rawValue &+ 64 &* offset), 1, isDeviceWritable: true)
-    let head: UInt16?
-    if kind == Self.kindFlush {
-      let buffers: InlineArray<2, DriverBuffer> = [header, status]
-      head = ring.queue.add(buffers.span)
-    } else {
-      let body = DriverBuffer(
-        GuestAddress(data.rawValue &+ UInt64(job.blockSize) &* offset), job.blockSize, isDeviceWritable: kind == Self.kindRead)
-      let buffers: InlineArray<3, DriverBuffer> = [header, body, status]
-      head = ring.queue.add(buffers.span)
+    if isStanding {
+      if unsafe kinds[slot] != kind { stand(slot, kind) }
+      ring.queue.makeAvailable(UInt16(truncatingIfNeeded: 3 * slot))
+      return true
     }
-    guard let head else { return false }
+    unsafe kinds[slot] = kind
+    unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot, Self.wireType(kind))
+    let buffers = self.buffers(slot, kind)
+    guard let head = kind == Self.kindFlush ? ring.queue.add(buffers.span.extracting(first: 2)) : ring.queue.add(buffers.span) else {
+      return false
+    }
     unsafe slotOfHead[Int(head)] = UInt16(truncatingIfNeeded: slot)
     return true
+  }
+
+  @inline(__always)
+  private static func wireType(_ kind: UInt8) -> UInt64 { kind == kindRead ? 0 : kind == kindWrite ? 1 : 4 }
+
+  /// Header, data and status of a slot; header and status, and one of no meaning, for a flush.
+  @inline(__always)
+  private func buffers(_ slot: Int, _ kind: UInt8) -> InlineArray<3, DriverBuffer> {
+    let offset = UInt64(slot)
+    let header = DriverBuffer(GuestAddress(headers.rawValue &+ 16 &* offset), 16, isDeviceWritable: false)
+    let status = DriverBuffer(GuestAddress(statuses.rawValue &+ offset), 1, isDeviceWritable: true)
+    if kind == Self.kindFlush { return [header, status, status] }
+    let body = DriverBuffer(
+      GuestAddress(data.rawValue &+ UInt64(job.blockSize) &* offset), job.blockSize, isDeviceWritable: kind == Self.kindRead)
+    return [header, body, status]
+  }
+
+  /// Writes the chain of a slot into its three descriptors; not while it is outstanding.
+  private mutating func stand(_ slot: Int, _ kind: UInt8) {
+    // SAFETY: slot < depth.
+    unsafe kinds[slot] = kind
+    unsafe clinux_store_relaxed_u64(headerPointer + 16 * slot, Self.wireType(kind))
+    let buffers = self.buffers(slot, kind)
+    let first = UInt16(truncatingIfNeeded: 3 * slot)
+    if kind == Self.kindFlush {
+      ring.queue.writeStanding(buffers.span.extracting(first: 2), at: first)
+    } else {
+      ring.queue.writeStanding(buffers.span, at: first)
+    }
   }
 
   @inline(__always)

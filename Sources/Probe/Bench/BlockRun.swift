@@ -28,6 +28,9 @@ struct BlockResult: Sendable {
 
   var requestsPerSecond: Double { seconds > 0 ? Double(counts.requests) / seconds : 0 }
   var bytesPerSecond: Double { seconds > 0 ? Double(counts.reads + counts.writes) * Double(job.blockSize) / seconds : 0 }
+  /// The share of the tool's measured time in which it had nothing to do but to look at its rings; nil with one thread for
+  /// several rings, where one waits while another does not.
+  var waitingShare: Double?
   func perRequest(_ value: UInt64) -> Double { counts.requests == 0 ? 0 : Double(value) / Double(counts.requests) }
 }
 
@@ -62,9 +65,9 @@ final class LaneGroup: @unchecked Sendable {
 
   private func runOne() {
     let box = lanes[0]
-    if sleeps { box.lane.ring.queue.disableCalls() } else { box.lane.ring.queue.disableCalls() }
+    box.lane.ring.queue.disableCalls()
     while !isDone(box) {
-      if box.lane.turn() { continue }
+      if box.lane.work(spinning: !sleeps) { continue }
       if sleeps { sleep([box]) }
     }
   }
@@ -233,6 +236,9 @@ final class BlockRun {
       result.counts = result.counts + box.lane.counts
       read.add(box.lane.readLatency)
       write.add(box.lane.writeLatency)
+    }
+    if groups.count == lanes.count, result.seconds > 0 {
+      result.waitingShare = min(1, Double(result.counts.waitingCycles) / rate.cyclesPerSecond / result.seconds / Double(groups.count))
     }
     result.reads = read.summary
     result.writes = write.summary

@@ -1,0 +1,58 @@
+"""`scripts/bench probe`: whether the tool that measures is ever the bottleneck."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BUILD = os.environ.get("MARTLET_BUILD", os.path.join(ROOT, ".build/release"))
+PROBE = os.path.join(BUILD, "martlet-probe")
+
+BAR_REQUESTS, BAR_REQUEST_NS = 4e6, 250
+
+
+def block(rounds, seconds):
+    """4 KiB reads at depth 32 from qemu-storage-daemon's null-co, both spinning, each on a processor of its own."""
+    if not shutil.which("qemu-storage-daemon"):
+        print("block: not measured, qemu-storage-daemon is not installed (Debian: qemu-system-common or qemu-utils)")
+        return 2
+    command = [
+        PROBE, "bench", "--output-format", "json", "--rw", "randread", "--bs", "4k", "--iodepth", "32", "--size", "32m", "--wait",
+        "spin", "--pin", "0", "--pin-backend", "1", "--no-syscalls", "--runtime", str(seconds), "--rounds", str(rounds), "--",
+        "qemu-storage-daemon", "--blockdev", "null-co,node-name=n,size=1073741824,read-zeroes=off", "--object",
+        "iothread,id=io,poll-max-ns=1000000", "--export",
+        "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket},writable=on,iothread=io"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        print(f"block: not measured: {run.stderr.strip()}")
+        return 2
+    jobs = json.loads(run.stdout)["jobs"]
+    rates = [job["read"]["iops"] for job in jobs]
+    own = [job["martlet"] for job in jobs]
+    # What a request costs the tool when it does not wait for the back end.
+    costs = [m["tool_cpu_ns_per_request"] * (1 - m["tool_waiting_percent"] / 100) for m in own]
+    print(f"block: 4 KiB random reads, depth 32, null-co of qemu-storage-daemon, both spinning, {rounds} rounds of {seconds} s")
+    print(f"  requests a second   best {max(rates) / 1e6:.2f} M, median {statistics.median(rates) / 1e6:.2f} M, "
+          f"least {min(rates) / 1e6:.2f} M")
+    print(f"  the tool            {statistics.median(costs):.0f} ns of work a request (median); it waited for the back end "
+          f"{statistics.median(m['tool_waiting_percent'] for m in own):.0f} % of the time")
+    print(f"  the back end        {statistics.median(m['back_end_cpu_ns_per_request'] for m in own):.0f} ns of processor time a "
+          f"request, {statistics.median(m['back_end_cpu_percent'] for m in own):.0f} % of its processor")
+    fast = max(rates) >= BAR_REQUESTS
+    cheap = statistics.median(costs) <= BAR_REQUEST_NS
+    print(f"  {'ok ' if fast else 'BAD'} at least {BAR_REQUESTS / 1e6:.0f} M requests a second in the best round")
+    print(f"  {'ok ' if cheap else 'BAD'} at most {BAR_REQUEST_NS} ns of the tool's work a request")
+    return 0 if fast and cheap else 1
+
+
+def run(arguments):
+    if not os.access(PROBE, os.X_OK):
+        sys.exit(f"scripts/bench: {PROBE} is missing; run: swift build -c release --disable-local-rpath")
+    if os.cpu_count() < 2:
+        print("scripts/bench probe needs two processors")
+        return 2
+    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f} before")
+    return block(arguments.runs, arguments.seconds)
