@@ -6,6 +6,10 @@ package enum ConfigurationError: Error, Equatable, Sendable {
   case unknownKey(option: String, key: String, nearest: String?, known: [String])
   /// A bare word where the option wants `key=value` or one of its own words.
   case unknownWord(option: String, word: String, nearest: String?, example: String)
+  /// A request that `martlet ctl` does not know.
+  case unknownRequest(String, nearest: String?, known: [String])
+  /// `martlet ctl` without a request.
+  case missingRequest(known: [String])
   /// The option stands at the end or before another option, and wants a value.
   case missingValue(option: String, example: String)
   /// The option takes no value.
@@ -44,6 +48,12 @@ package enum ConfigurationError: Error, Equatable, Sendable {
     case .unknownWord(let option, let word, let nearest, let example):
       guard let nearest else { return "Option --\(option) does not understand '\(word)'; write for example \(example)" }
       return "Option --\(option) does not understand '\(word)'; did you mean '\(nearest)'?"
+    case .unknownRequest(let word, let nearest, let known):
+      let all = known.joined(separator: ", ")
+      guard let nearest else { return "Unknown request '\(word)'; the requests are \(all)" }
+      return "Unknown request '\(word)'; did you mean '\(nearest)'? The requests are \(all)"
+    case .missingRequest(let known):
+      return "A request is missing; it is one of \(known.joined(separator: ", "))"
     case .missingValue(let option, let example):
       return "Option --\(option) wants a value; write for example \(example)"
     case .unexpectedValue(let option, let value):

@@ -31,6 +31,7 @@ struct ControlRequest {
     var isJSON = false
     var rest = arguments[...]
     let example = "--control web1.ctl"
+    let names = ControlVerb.allCases.map(\.rawValue)
     while let word = rest.popFirst() {
       if word == "--json" {
         isJSON = true
@@ -46,18 +47,17 @@ struct ControlRequest {
         throw .unknownOption(name, nearest: EditDistance.nearest(to: name, in: ["control", "json"]))
       } else if let known = ControlVerb(rawValue: word), verb == nil {
         verb = known
+      } else if verb == nil {
+        throw .unknownRequest(word, nearest: EditDistance.nearest(to: word, in: names), known: names)
       } else {
-        let names = ControlVerb.allCases.map(\.rawValue)
-        throw .unknownWord(
-          option: "control PATH", word: word, nearest: EditDistance.nearest(to: word, in: names),
-          example: "martlet ctl --control web1.ctl info")
+        throw .unexpectedArgument(word)
       }
     }
     guard let path else { throw .missingOption("control", example: example) }
     guard VMConfiguration.isSocketPath(path) else {
       throw .badValue(place: "--control", value: path, expected: "a socket path of 1 to 107 bytes")
     }
-    guard let verb else { throw .missingOption("REQUEST", example: "martlet ctl --control \(path) info") }
+    guard let verb else { throw .missingRequest(known: names) }
     self.path = path
     self.verb = verb
     self.isJSON = isJSON
