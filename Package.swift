@@ -25,9 +25,10 @@ func module(_ name: String, _ dependencies: [String] = []) -> Target {
   .target(name: name, dependencies: dependencies.map { .byName(name: $0) }, swiftSettings: strict)
 }
 
-func program(_ name: String, _ dependencies: [String]) -> Target {
+func program(_ name: String, _ dependencies: [String], entry: String? = nil) -> Target {
   .executableTarget(
-    name: name, dependencies: dependencies.map { .byName(name: $0) }, swiftSettings: strict, linkerSettings: staticPIE)
+    name: name, dependencies: dependencies.map { .byName(name: $0) }, swiftSettings: strict,
+    linkerSettings: staticPIE + (entry.map { [.unsafeFlags(["-Xlinker", "--entry=\($0)"])] } ?? []))
 }
 
 func tests(_ name: String, _ dependencies: [String]) -> Target {
@@ -38,7 +39,10 @@ func tests(_ name: String, _ dependencies: [String]) -> Target {
 
 let layer0: [Target] = [
   .target(name: "CLinux", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"])]),
-  .target(name: "CRun", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror"])]),
+  // Runs before the program is relocated.
+  .target(
+    name: "CRun",
+    cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-stack-protector", "-O2"])]),
   .systemLibrary(name: "CCapNG", pkgConfig: "libcap-ng", providers: [.apt(["libcap-ng-dev"])]),
 ]
 
@@ -86,7 +90,7 @@ let layer5: [Target] = [
 ]
 
 let programs: [Target] = [
-  program("martlet", ["CLinux", "CRun", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"]),
+  program("martlet", ["CLinux", "CRun", "HostSystem", "VirtioSpec", "ControlProtocol", "KVM", "Boot"], entry: "crun_entry"),
   program("martlet-supervisor", ["HostSystem", "ControlProtocol", "Supervision"]),
   program("martlet-core", ["HostSystem", "Monitor"]),
   program("martlet-block", ["HostSystem", "BlockDevice"]),

@@ -1,8 +1,8 @@
-// `martlet run` becomes the supervisor before Swift's runtime has started.
+// `martlet run` becomes the supervisor before anything else has happened.
 #ifndef CRUN_H
 #define CRUN_H
 
-// Does nothing; a program that calls it has the constructor of become.c linked in.
-void crun_is_linked(void);
+// What the linker is told to enter the program at, in place of `_start`.
+void crun_entry(void);
 
 #endif
