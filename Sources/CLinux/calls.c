@@ -15,6 +15,11 @@ int clinux_openat(int directory, const char *path, int flags, unsigned mode) {
   return result(openat(directory, path, flags, mode));
 }
 
+int clinux_processor_count(void) {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) < 0 ? 1 : CPU_COUNT(&set);
+}
+
 int clinux_ioctl(int fd, unsigned long request, unsigned long argument) { return result(ioctl(fd, request, argument)); }
 
 int clinux_ioctl_pointer(int fd, unsigned long request, void *argument) { return result(ioctl(fd, request, argument)); }

@@ -5,12 +5,13 @@ package enum SupervisorMessage: Equatable, Sendable {
   /// The first message. Descriptors: /dev/kvm, kernel, and the initramfs when `hasInitramfs`. Answered by
   /// `CoreMessage.ready` when the VM is built and the payload is checked.
   case configure(CoreConfiguration)
-  /// One device; its back end has said READY. Descriptor: the connected vhost-user socket. Sent before `start`.
+  /// One device; its back end has said READY. Descriptor: the connected vhost-user socket.
   case device(DeviceAssignment)
   /// A byte stream of the platform. Descriptor: a connected stream socket. Sent before `start`.
   case stream(StreamKind)
-  /// All devices are handed over: finish their set-up and run. Answered by `CoreMessage.started`.
-  case start
+  /// Run the guest. So many devices come before or after this; a guest that looks at the PCI bus waits for them. Answered
+  /// by `CoreMessage.started` when all of them are on the bus.
+  case start(deviceCount: UInt16)
   /// Stop the vCPUs at an instruction boundary. Answered by `done` when all have stopped.
   case pause
   /// Let the vCPUs go on. Answered by `done`.
@@ -155,7 +156,8 @@ extension SupervisorMessage {
       writer.flag(device.isReplaceable)
     case .stream(let stream): writer.number(stream.rawValue)
     case .reattach(let id), .giveUp(let id): writer.text(id)
-    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information: break
+    case .start(let deviceCount): writer.number(deviceCount)
+    case .pause, .resume, .powerButton, .reboot, .shutdown, .information: break
     }
     return writer.bytes
   }
@@ -175,7 +177,10 @@ extension SupervisorMessage {
     case .stream:
       guard let stream = StreamKind(rawValue: try reader.number()) else { throw .badField("stream") }
       message = .stream(stream)
-    case .start: message = .start
+    case .start:
+      let deviceCount: UInt16 = try reader.number()
+      guard deviceCount <= 31 else { throw .badField("deviceCount") }
+      message = .start(deviceCount: deviceCount)
     case .pause: message = .pause
     case .resume: message = .resume
     case .powerButton: message = .powerButton

@@ -20,6 +20,9 @@ final class Devices {
     case virtio(Int)
   }
 
+  /// Where the register that the address port selects is read and written.
+  static let pciDataPorts: Range<UInt16> = 0xCFC..<0xD00
+
   let map: PhysicalMap
   /// ioeventfd length: 0 (any) where KVM takes it, which is also its faster path, otherwise 2.
   let doorbellLength: UInt32
@@ -48,7 +51,7 @@ final class Devices {
     let timer = UInt64(PlatformPort.powerManagementTimer)
     ports.insert(timer..<timer + 4, .powerManagementTimer)
     ports.insert(0xCF8..<0xCFC, .pciAddress)
-    ports.insert(0xCFC..<0xD00, .pciData)
+    ports.insert(UInt64(Self.pciDataPorts.lowerBound)..<UInt64(Self.pciDataPorts.upperBound), .pciData)
     addresses.insert(PhysicalMap.ioapic, .ioapic)
     addresses.insert(PhysicalMap.ecam, .ecam)
   }

@@ -3,7 +3,7 @@ import HostSystem
 import VirtioTransport
 
 extension Machine {
-  /// Puts a virtio device on the bus; before the guest runs. Returns its index, by which events name it.
+  /// Puts a virtio device on the bus; before the guest runs, or while the bus is shut. Returns its index, by which events name it.
   /// - Parameter pciDevice: device number 1 to 31; nil for the first free place.
   package func addVirtioDevice(
     _ description: VirtioPCIFunction.Description, pciDevice: UInt8? = nil

@@ -33,6 +33,13 @@ extension Machine {
     do { try processors[0].vcpu.enter(entry) } catch { throw .kvm(error) }
   }
 
+  /// Shuts the PCI bus: a processor that looks at its configuration space waits until `openBus`, or sees nothing there if
+  /// the guest is stopped before that. For devices that come up beside the guest.
+  package func shutBus() { control.setBus(open: false) }
+
+  /// Everything is plugged in; processors that wait go on.
+  package func openBus() { control.setBus(open: true) }
+
   /// Lets the guest run. After a pause that the guest should know of, `announcePause()` comes first.
   package func resume() { control.set(.run) }
 
@@ -159,6 +166,7 @@ extension Machine {
   }
 
   private func handle(_ access: PortAccess, _ processor: Processor) {
+    if !control.busIsOpen, Devices.pciDataPorts.contains(access.port) { control.waitForBus() }
     var request = Platform.Request.none
     deviceLock.withLock {
       devices.portAccesses += 1
@@ -181,6 +189,7 @@ extension Machine {
   }
 
   private func handle(_ access: MemoryAccess, _ processor: Processor) {
+    if !control.busIsOpen, PhysicalMap.ecam.contains(access.address) { control.waitForBus() }
     deviceLock.withLock {
       devices.memoryAccesses += 1
       if access.isWrite {

@@ -10,6 +10,8 @@ final class ProcessorControl: Sendable {
 
   /// Read by every processor before each entry into the guest; changed under the gate.
   private let current = Atomic<UInt32>(Command.pause.rawValue)
+  /// Whether the PCI bus can be looked at. Read at every access to it; changed under the gate.
+  private let busState = Atomic<Bool>(true)
   let gate = Gate()
   private let counts: Counts
   let processorCount: Int
@@ -29,6 +31,22 @@ final class ProcessorControl: Sendable {
 
   var command: Command {
     @inline(__always) get { Command(rawValue: current.load(ordering: .sequentiallyConsistent)) ?? .pause }
+  }
+
+  var busIsOpen: Bool {
+    @inline(__always) get { busState.load(ordering: .acquiring) }
+  }
+
+  func setBus(open: Bool) {
+    gate.withLock {
+      busState.store(open, ordering: .releasing)
+      gate.wakeAll()
+    }
+  }
+
+  /// A processor that looks at the bus while it is shut waits here, until it is opened or the guest is stopped.
+  func waitForBus() {
+    gate.withLock { gate.wait { busIsOpen || command != .run } }
   }
 
   /// Changes the command; an end is final.

@@ -7,28 +7,32 @@ import VirtioTransport
 extension Core {
   // MARK: start
 
-  /// Starts the guest when it has been asked for and every device has made first contact.
+  /// Starts the guest when it has been asked for, and opens its PCI bus when every device has made first contact: a kernel
+  /// has much to do before it looks there. A device that fails until then ends the VM.
   func tryStart() {
-    guard let sequence = pendingStart, let guest, devices.allSatisfy({ $0.frontEnd.state != .negotiating }) else {
-      return
+    guard let sequence = pendingStart, let guest, state != .stopped else { return }
+    do throws(CoreError) {
+      if state == .created { try start(guest) }
+      if let device = devices.first(where: { !$0.reason.isEmpty }) {
+        throw CoreError.device("Device \(device.assignment.id): \(device.reason)")
+      }
+      guard devices.count == deviceCount, devices.allSatisfy({ $0.frontEnd.state != .negotiating }) else { return }
+      for device in devices { try device.plug(into: guest.machine, guest.memory) }
+    } catch {
+      return fail(error, sequence: sequence)
     }
     pendingStart = nil
-    do {
-      for device in devices {
-        guard device.reason.isEmpty else {
-          throw CoreError.device("Device \(device.assignment.id): \(device.reason)")
-        }
-        try device.plug(into: guest.machine, guest.memory)
-      }
-      try guest.enterPayload()
-    } catch {
-      return fail(error as? CoreError ?? .host("The VM cannot be started"), sequence: sequence)
-    }
     for device in devices { device.frontEnd.awaitsSuccessor = device.assignment.isReplaceable }
+    guest.machine.openBus()
+    answer(.started, sequence)
+  }
+
+  private func start(_ guest: GuestMachine) throws(CoreError) {
+    guest.machine.shutBus()
+    try guest.enterPayload()
     startTime = .now
     state = .running
     guest.machine.resume()
-    answer(.started, sequence)
   }
 
   // MARK: events
@@ -149,7 +153,8 @@ extension Core {
     if let sequence { endSequence = sequence }
     guard endDeadline == nil else { return }
     guest?.machine.pause()
-    if state == .created || devices.isEmpty {
+    // Until all devices are plugged in, none has a ring.
+    if state == .created || devices.allSatisfy({ $0.index == nil }) {
       state = .stopped
       endDeadline = .now
       return

@@ -11,11 +11,12 @@ extension Core {
     case .device(let assignment): addDevice(assignment, sequence, &descriptors)
     case .stream(.serial):
       if let fd = descriptors.takeFirst() { serial.open(fd) }
-    case .start:
-      guard guest != nil, state == .created, pendingStart == nil else {
+    case .start(let deviceCount):
+      guard guest != nil, state == .created, pendingStart == nil, devices.count <= deviceCount else {
         return refuse("The VM cannot be started now", sequence)
       }
       pendingStart = sequence
+      self.deviceCount = Int(deviceCount)
     case .pause: pause(sequence)
     case .resume: resume(sequence)
     case .powerButton:
@@ -81,7 +82,9 @@ extension Core {
   private func addDevice(
     _ assignment: DeviceAssignment, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors
   ) {
-    guard let guest, let configuration, state == .created, pendingStart == nil,
+    // A guest that has ended needs no devices any more.
+    guard state != .stopped else { return }
+    guard let guest, let configuration, devices.count < deviceCount ?? .max,
       !devices.contains(where: { $0.assignment.id == assignment.id }), let socket = descriptors.takeFirst()
     else {
       return fail(.device("Device \(assignment.id) came at a wrong time or twice"))
@@ -131,6 +134,8 @@ extension Core {
   private func pause(_ sequence: UInt32) {
     switch state {
     case .paused: answer(.done, sequence)
+    // A processor may wait for the bus, in the middle of an access that cannot be put off.
+    case .running where pendingStart != nil: refuse("The VM is still starting", sequence)
     case .running:
       guard let machine = guest?.machine else { return }
       machine.pause()

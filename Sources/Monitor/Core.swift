@@ -31,8 +31,10 @@ final class Core {
   var state = VMInformation.State.created
   var resetCount: UInt32 = 0
   var startTime: MonotonicTime?
-  /// The request to start, until it can be carried out.
+  /// The request to start, until the guest runs with all its devices.
   var pendingStart: UInt32?
+  /// How many devices it has then; nil before the request.
+  var deviceCount: Int?
   /// Requests to be answered when the reset under way is done.
   var pendingReboots: [UInt32] = []
   /// The paravirtual clock at the pause; it goes on from there.

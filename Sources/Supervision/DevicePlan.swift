@@ -21,6 +21,13 @@ final class DevicePlan {
   }
 }
 
+/// A process that is started beside the core and the guest.
+enum PlannedLaunch {
+  case device(DevicePlan)
+  /// The carrier of the serial port, with its end of the stream.
+  case serial(TerminalPlan, FDBox)
+}
+
 /// The first descriptor of a process that is its own resource (launch contract).
 let firstResource = 5
 

@@ -62,9 +62,6 @@ extension Supervisor {
     }
   }
 
-  /// Set-up is over; nothing is kept that only it needed.
-  func becameRunning() { devices.removeAll() }
-
   private func refuse(_ client: Int, _ sentence: String) {
     reply(client, .record(["ok": .bool(false), "error": .string(sentence)]))
   }

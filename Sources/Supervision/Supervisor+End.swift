@@ -21,6 +21,7 @@ extension Supervisor {
     if askCore {
       if case .sent = channel?.send(.shutdown) {} else { core?.signal(SIGKILL) }
     }
+    startSerialAfterAll()
     if core?.isAlive != true { endDevices() }
   }
 
@@ -52,9 +53,9 @@ extension Supervisor {
 
   /// The core's own deadlines for its back ends end the start before this one does; it catches a core that hangs.
   private var startDeadline: MonotonicTime? {
-    guard startIsSent, let core else { return nil }
+    guard let handOverTime else { return nil }
     let allowance = 2 * UInt64(configuration.deadlines.ready) + 4 * UInt64(configuration.deadlines.reply)
-    return core.startTime.advanced(by: .milliseconds(allowance))
+    return handOverTime.advanced(by: .milliseconds(allowance))
   }
 
   func checkDeadlines(_ now: MonotonicTime) throws(SupervisionError) {

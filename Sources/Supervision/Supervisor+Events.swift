@@ -80,8 +80,7 @@ extension Supervisor {
     guard isReady else { return }
     process.readyTime = .now
     try handOver(index)
-    try sendStartIfComplete()
-    beRunningIfComplete()
+    try goOnStarting()
   }
 
   private func handleEnd(_ index: Int) throws(SupervisionError) {
@@ -159,10 +158,10 @@ extension Supervisor {
       coreIsReady = true
       core?.markReady()
       core?.readyTime = .now
-      try sendStartIfComplete()
+      try goOnStarting()
     case .started:
       guestHasStarted = true
-      beRunningIfComplete()
+      try goOnStarting()
     case .done, .refused, .information:
       if !answerReattach(sequence, message) { answer(sequence, message) }
     case .device(let report):

@@ -13,10 +13,13 @@ extension Supervisor {
   private static let threadsPerQueue: UInt64 = 33
   private static let spareThreads: UInt64 = 16
 
-  /// Opens, then starts. Nothing is started before everything that can be missing has been found.
+  /// Starts the core, which has nothing to do yet, and opens everything beside it. No guest and no device is started before
+  /// everything that can be missing has been found.
   func start() throws(SupervisionError) {
     try watch(signals.rawValue, .signals)
     let kvm = try HostFiles.kvm()
+    let null = try HostFiles.null()
+    try startCore(null)
     let kernel = FDBox(
       try HostFiles.payload(configuration.kernel, what: "kernel", memory: configuration.memorySize))
     var initramfs: FDBox?
@@ -24,7 +27,7 @@ extension Supervisor {
       initramfs = FDBox(try HostFiles.payload(path, what: "initramfs", memory: configuration.memorySize))
     }
     var planner = DevicePlanner(configuration: configuration, guardian: guardian)
-    devices = try planner.planDevices()
+    let devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
     for device in devices { cares[device.assignment.id] = try care(for: device) }
     var serial: TerminalPlan?
@@ -38,12 +41,12 @@ extension Supervisor {
       control = server
     }
 
-    let null = try HostFiles.null()
-    try startCore(null, kvm, kernel, initramfs)
-    for device in devices { try start(device, null) }
+    try configureCore(kvm, kernel, initramfs)
+    launches = devices.map { .device($0) }
     if let serial { try connectSerial(serial) }
+    try send(.start(deviceCount: UInt16(devices.count)))
+    try startNext()
     for line in planner.announcements { say(.info, line) }
-    try sendStartIfComplete()
   }
 
   func watch(_ number: CInt, _ token: Token) throws(SupervisionError) {
@@ -54,9 +57,7 @@ extension Supervisor {
     }
   }
 
-  private func startCore(
-    _ null: borrowing OwnedFD, _ kvm: borrowing OwnedFD, _ kernel: FDBox, _ initramfs: FDBox?
-  ) throws(SupervisionError) {
+  private func startCore(_ null: borrowing OwnedFD) throws(SupervisionError) {
     let pair = try Self.pair(.sequencedPacket)
     var launch = ChildLaunch(
       arguments: ["martlet-core", "--fd=3"] + walls.arguments + ["--title=vm/\(configuration.name)/core"],
@@ -70,6 +71,9 @@ extension Supervisor {
     let channel = CoreChannel(pair.first)
     self.channel = channel
     try watch(channel.number, .core)
+  }
+
+  private func configureCore(_ kvm: borrowing OwnedFD, _ kernel: FDBox, _ initramfs: FDBox?) throws(SupervisionError) {
     let message = SupervisorMessage.configure(
       CoreConfiguration(
         name: configuration.name, cpuCount: UInt16(configuration.cpuCount), memorySize: configuration.memorySize,
@@ -78,6 +82,19 @@ extension Supervisor {
     var descriptors = [kvm.rawValue, kernel.number]
     if let initramfs { descriptors.append(initramfs.number) }
     try send(message, descriptors)
+  }
+
+  /// Starts what is next, as long as no more processes come up at a time than there are processors: more would only be in
+  /// each other's way, and in the core's.
+  func startNext() throws(SupervisionError) {
+    let limit = max(2, Int(clinux_processor_count()))
+    while !launches.isEmpty, processes.count(where: { $0.state == .starting }) < limit {
+      switch launches.removeFirst() {
+      case .device(let plan): try start(plan, HostFiles.null())
+      case .serial(let plan, let socket): try startSerial(plan, socket)
+      }
+    }
+    if launches.isEmpty, waitingSockets.isEmpty, coreIsReady, handOverTime == nil { handOverTime = .now }
   }
 
   private func start(_ device: DevicePlan, _ null: borrowing OwnedFD) throws(SupervisionError) {
@@ -100,13 +117,11 @@ extension Supervisor {
   private func connectSerial(_ plan: TerminalPlan) throws(SupervisionError) {
     let pair = try Self.pair(.stream)
     try send(.stream(.serial), [pair.first.rawValue])
-    waitingSerial = (plan, FDBox(pair.second))
+    // Last: the devices are what the guest waits for.
+    launches.append(.serial(plan, FDBox(pair.second)))
   }
 
-  /// Not before the devices are ready: they are what the guest waits for, and processors are few.
-  private func startSerial() throws(SupervisionError) {
-    guard let (plan, socket) = waitingSerial else { return }
-    waitingSerial = nil
+  func startSerial(_ plan: TerminalPlan, _ socket: FDBox) throws(SupervisionError) {
     _ = try startBackEnd(
       VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments, socket: socket.number,
       plan.resources, try HostFiles.null(), isOnTerminal: plan.isOnTerminal)
@@ -193,24 +208,28 @@ extension Supervisor {
   /// A back end said READY: its socket goes to the core, and our copy is closed.
   func handOver(_ index: Int) throws(SupervisionError) {
     guard let waiting = waitingSockets.removeValue(forKey: index) else { return try handOverSuccessor(processes[index].id) }
+    guard phase == .starting else { return }
     try send(.device(waiting.assignment), [waiting.socket.number])
     waiting.socket.close()
   }
 
-  /// Once the core and all devices are ready.
-  func sendStartIfComplete() throws(SupervisionError) {
-    guard phase == .starting, coreIsReady, !startIsSent, waitingSockets.isEmpty,
-      processes.allSatisfy({ $0.state == .ready })
-    else { return }
-    startIsSent = true
-    startSequence = try send(.start)
-    try startSerial()
+  /// Somebody is ready: the next processes are started. When nobody is left and the guest has all its devices, the VM runs.
+  func goOnStarting() throws(SupervisionError) {
+    guard phase == .starting else { return }
+    try startNext()
+    guard guestHasStarted, launches.isEmpty, processes.allSatisfy({ $0.state == .ready }) else { return }
+    phase = .running
   }
 
-  /// Once the guest has started and everybody is ready.
-  func beRunningIfComplete() {
-    guard phase == .starting, guestHasStarted, processes.allSatisfy({ $0.state == .ready }) else { return }
-    phase = .running
-    becameRunning()
+  /// The guest has ended before everything was started: only its last words on the serial port still need somebody.
+  func startSerialAfterAll() {
+    let waiting = launches
+    launches = []
+    waitingSockets = [:]
+    for case .serial(let plan, let socket) in waiting {
+      do throws(SupervisionError) { try startSerial(plan, socket) } catch {
+        if let message = error.message { say(.warning, message) }
+      }
+    }
   }
 }

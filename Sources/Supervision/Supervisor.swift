@@ -6,9 +6,9 @@ import Sandbox
 
 /// Runs one VM. Single-threaded: one event loop, no waiting anywhere else once the VM runs.
 ///
-/// 1. `start`: open everything, start the core, configure it, start the devices beside it.
-/// 2. As each back end says READY its socket goes to the core; when all have and the core is ready: start. The carrier of
-///    the serial port comes up beside the guest, which need not wait for it.
+/// 1. `start`: start the core; open everything; configure the core and let it run the guest.
+/// 2. Meanwhile the devices are started, as many at a time as there are processors. As each back end says READY its socket
+///    goes to the core. The guest waits for them where it looks at the PCI bus, and never for the carrier of its serial port.
 /// 3. Watch: processes, the core's reports, signals, `martlet ctl`.
 /// 4. `end`: the core first (it takes the rings back), then the devices (the end of their sockets), then what we made.
 package final class Supervisor {
@@ -50,14 +50,12 @@ package final class Supervisor {
   let guardian: TerminalGuard
 
   var processes: [VMProcess] = []
-  /// Until the VM runs.
-  var devices: [DevicePlan] = []
+  /// What is still to be started, in this order.
+  var launches: [PlannedLaunch] = []
   /// All devices, in the order of their slots.
   var assignments: [DeviceAssignment] = []
   /// The core's ends of device sockets that wait for READY, by process index.
   var waitingSockets: [Int: (assignment: DeviceAssignment, socket: FDBox)] = [:]
-  /// The carrier of the serial port and its end of the stream, until it is started; nil without one.
-  var waitingSerial: (plan: TerminalPlan, socket: FDBox)?
   var reports: [String: DeviceReport] = [:]
   /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
   var escapeLines: [Int: FDBox] = [:]
@@ -66,9 +64,10 @@ package final class Supervisor {
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false
-  var startIsSent = false
+  /// The guest runs, with all its devices.
   var guestHasStarted = false
-  var startSequence: UInt32 = 0
+  /// When nothing was left to wait for but the core.
+  var handOverTime: MonotonicTime?
 
   /// Devices that exited with 0 while the VM runs, and when that is worth telling.
   var quietEnds: [(index: Int, deadline: MonotonicTime)] = []

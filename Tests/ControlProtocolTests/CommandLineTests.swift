@@ -115,7 +115,7 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(
       complaint("--disk", "path=a,read_only=on")
         == "Unknown key 'read_only' in --disk; did you mean 'readonly'? It knows path, readonly, id, serial, "
-        + "num_queues, queue_size, vhost_user, socket")
+        + "num_queues, queue_size, on-death, restart-limit, vhost_user, socket")
     #expect(complaint("--cpus", "bot=1") == "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot")
     #expect(complaint("--net", "zzzzzz=1")?.hasPrefix("Unknown key 'zzzzzz' in --net; it knows tap, mac") == true)
   }

@@ -13,7 +13,7 @@ private let toCore: [SupervisorMessage] = [
     DeviceAssignment(
       id: "net0", deviceType: .net, pciSlot: 31, queueSizes: [2, 32768], allowedFeatures: FeatureSet(rawValue: 1 << 63),
       ownFeatures: [.version1], configuration: [1, 2, 3])),
-  .stream(.serial), .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .reattach(id: "blk0"),
+  .stream(.serial), .start(deviceCount: 0x1F), .pause, .resume, .powerButton, .reboot, .shutdown, .information, .reattach(id: "blk0"),
 ]
 
 private let toSupervisor: [CoreMessage] = [
@@ -104,7 +104,7 @@ private let toSupervisor: [CoreMessage] = [
   }
 
   @Test func startIsTheEightBytesOfTheDocument() {
-    #expect(SupervisorMessage.start.encode(sequence: 0x0102_0304) == [4, 0, 0, 0, 4, 3, 2, 1])
+    #expect(SupervisorMessage.start(deviceCount: 3).encode(sequence: 0x0102_0304) == [4, 0, 0, 0, 4, 3, 2, 1, 3, 0])
     #expect(CoreMessage.guest(.poweredOff).encode(sequence: 0) == [7, 0x80, 0, 0, 0, 0, 0, 0, 2])
   }
 

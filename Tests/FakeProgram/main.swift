@@ -78,6 +78,7 @@ final class FakeCore {
   let behaviour: String
   var devices: [DeviceAssignment] = []
   var state = VMInformation.State.created
+  var pendingStart: (sequence: UInt32, deviceCount: Int)?
   /// Kept open as the real core keeps them.
   var kept: [CInt] = []
 
@@ -93,7 +94,7 @@ final class FakeCore {
     while true {
       let (count, message, sequence) = try unsafe buffer.withUnsafeMutableBytes { bytes in
         var reception = unsafe UnixSocket.receive(socket, into: bytes, waiting: true)
-        guard case .bytes(let count) = reception.transfer else { return (0, SupervisorMessage.start, UInt32(0)) }
+        guard case .bytes(let count) = reception.transfer else { return (0, SupervisorMessage.information, UInt32(0)) }
         let descriptors = reception.descriptors.count
         while let fd = reception.descriptors.takeFirst() { kept.append(fd.release()) }
         let packet = unsafe Array(bytes[..<count])
@@ -125,19 +126,13 @@ final class FakeCore {
     case .device(let device):
       devices.append(device)
       report(device, .connecting)
+      startIfComplete()
     case .stream: break
-    case .start:
+    case .start(let deviceCount):
       if behaviour == "core-device" { fail(.device, "Device blk0: The peer did not answer GET_FEATURES within 5000 ms") }
-      send(.started, sequence)
       state = .running
-      for device in devices { report(device, .active) }
-      switch behaviour {
-      case "core-die": die(SIGSEGV)
-      case "guest-off": end(.poweredOff)
-      case "guest-reset": end(.resetEnded)
-      case "guest-crash": end(.crashed)
-      default: break
-      }
+      pendingStart = (sequence, Int(deviceCount))
+      startIfComplete()
     case .pause:
       if state == .paused { return send(.refused("The VM is paused already"), sequence) }
       state = .paused
@@ -160,6 +155,20 @@ final class FakeCore {
       let counters = [VMInformation.Counter(name: "descriptors", value: UInt64(kept.count))]
       send(.information(VMInformation(state: state, resetCount: 2, uptime: 1_500_000_000, counters: counters)), sequence)
     case .reattach, .giveUp: send(.done, sequence)
+    }
+  }
+
+  func startIfComplete() {
+    guard let (sequence, count) = pendingStart, devices.count == count else { return }
+    pendingStart = nil
+    send(.started, sequence)
+    for device in devices { report(device, .active) }
+    switch behaviour {
+    case "core-die": die(SIGSEGV)
+    case "guest-off": end(.poweredOff)
+    case "guest-reset": end(.resetEnded)
+    case "guest-crash": end(.crashed)
+    default: break
     }
   }
 

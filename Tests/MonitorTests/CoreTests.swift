@@ -14,7 +14,7 @@ struct CoreTests {
     let configured = try core.configure(kernel: kernel, cpus: 2, commandLine: "test=boot,smp")
     try core.connectSerial()
     #expect(try core.answer(configured) == .ready)
-    #expect(try core.answer(core.send(.start)) == .started)
+    #expect(try core.answer(core.send(.start(deviceCount: 0))) == .started)
     #expect(try core.wait { message, _ in message == .guest(.poweredOff) } != nil)
     #expect(core.exitCode() == 0)
     core.readSerial()
@@ -27,7 +27,7 @@ struct CoreTests {
     let core = try FakeSupervisor()
     _ = try core.configure(kernel: kernel, commandLine: "test=reset by=acpi")
     try core.connectSerial()
-    core.send(.start)
+    core.send(.start(deviceCount: 0))
     for _ in 0..<5 { #expect(try core.wait { message, _ in message == .guest(.reset) } != nil) }
     #expect(try core.answer(core.send(.shutdown)) == .done)
     #expect(try core.wait { message, _ in message == .guest(.shutDown) } != nil)
@@ -40,7 +40,7 @@ struct CoreTests {
     guard let kernel = try FakeSupervisor.guest("micro.elf") else { return }
     let core = try FakeSupervisor()
     _ = try core.configure(kernel: kernel, commandLine: "test=reset by=cf9", restarts: false)
-    core.send(.start)
+    core.send(.start(deviceCount: 0))
     #expect(try core.wait { message, _ in message == .guest(.resetEnded) } != nil)
     #expect(core.exitCode() == 0)
   }
@@ -51,7 +51,7 @@ struct CoreTests {
     let core = try FakeSupervisor()
     _ = try core.configure(kernel: kernel, cpus: 2, commandLine: "test=idle ms=400")
     try core.connectSerial()
-    #expect(try core.answer(core.send(.start)) == .started)
+    #expect(try core.answer(core.send(.start(deviceCount: 0))) == .started)
     #expect(try core.answer(core.send(.pause)) == .done)
     guard case .information(let paused) = try core.answer(core.send(.information)) else {
       Issue.record("no information")
@@ -72,7 +72,7 @@ struct CoreTests {
     let core = try FakeSupervisor()
     _ = try core.configure(kernel: kernel, cpus: 4, commandLine: "test=boot,smp end=hang")
     try core.connectSerial()
-    #expect(try core.answer(core.send(.start)) == .started)
+    #expect(try core.answer(core.send(.start(deviceCount: 0))) == .started)
     for round in 1...10 {
       try #require(core.waitForSerial(times: round, "MICRO done ok"), "round \(round): \(core.serialOutput)")
       if round % 2 == 0 { #expect(try core.answer(core.send(.pause)) == .done) }
@@ -132,11 +132,11 @@ struct CoreTests {
   func deadBackEnd() throws {
     guard let kernel = try FakeSupervisor.guest("micro.elf") else { return }
     let core = try FakeSupervisor()
-    _ = try core.configure(kernel: kernel, commandLine: "test=boot")
+    _ = try core.configure(kernel: kernel, commandLine: "test=boot end=hang")
     let pair = try UnixSocket.pair(.stream)
     core.send(.device(DeviceAssignment(id: "blk0", deviceType: .block, pciSlot: 1, queueSizes: [256])), [pair.second.rawValue])
     // Neither end is read by anybody: the deadline of one second ends it.
-    let sequence = core.send(.start)
+    let sequence = core.send(.start(deviceCount: 1))
     guard case .failed(.device, let sentence) = try core.answer(sequence) else {
       Issue.record("not a device failure: \(core.messages)")
       return
@@ -145,9 +145,32 @@ struct CoreTests {
     #expect(core.exitCode() == 1)
   }
 
+  @Test("A guest that looks at the PCI bus before its devices are there waits, and is reset and ended all the same")
+  func shutBus() throws {
+    guard let kernel = try FakeSupervisor.guest("micro.elf") else { return }
+    let core = try FakeSupervisor()
+    _ = try core.configure(kernel: kernel, commandLine: "test=boot,pci")
+    try core.connectSerial()
+    let start = core.send(.start(deviceCount: 1))
+    try #require(core.waitForSerial("MICRO start"))
+    usleep(100_000)
+    core.readSerial()
+    #expect(!core.serialOutput.contains("MICRO done"), "\(core.serialOutput)")
+    guard case .refused = try core.answer(core.send(.pause)) else {
+      Issue.record("a VM that is still starting was paused: \(core.messages)")
+      return
+    }
+    #expect(try core.answer(core.send(.reboot)) == .done)
+    try #require(core.waitForSerial(times: 2, "MICRO start"), "\(core.serialOutput)")
+    #expect(try core.answer(core.send(.shutdown)) == .done)
+    #expect(core.exitCode() == 0)
+    #expect(!core.serialOutput.contains("MICRO done"), "\(core.serialOutput)")
+    #expect(!core.messages.contains { $0.sequence == start }, "\(core.messages)")
+  }
+
   @Test("Arguments are checked")
-  func arguments() {
-    #expect(try! CoreArguments.parse(["--fd=3", "--title=vm/a/core"][...]).get() == CoreArguments(channel: 3, title: "vm/a/core"))
+  func arguments() throws {
+    #expect(try CoreArguments.parse(["--fd=3", "--title=vm/a/core"][...]).get() == CoreArguments(channel: 3, title: "vm/a/core"))
     for bad in [[], ["--fd=x"], ["--fd=-1"], ["--fd=3", "--what"]] as [[String]] {
       #expect(throws: CoreArguments.Mistake.self) { _ = try CoreArguments.parse(bad[...]).get() }
     }

@@ -26,6 +26,8 @@
 
 int clinux_open(const char *path, int flags, unsigned mode);
 int clinux_openat(int directory, const char *path, int flags, unsigned mode);
+// Processors that this process may run on; 1 if that cannot be known.
+int clinux_processor_count(void);
 int clinux_ioctl(int fd, unsigned long request, unsigned long argument);
 int clinux_ioctl_pointer(int fd, unsigned long request, void *argument);
 int clinux_fcntl(int fd, int command, long argument);
