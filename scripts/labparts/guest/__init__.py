@@ -121,7 +121,8 @@ def _root_disk(place):
     (tree / "bin/fsck.ext4").symlink_to("e2fsck")
     for source in (_HERE / "root-etc").iterdir():
         shutil.copy(source, tree / "etc" / source.name)
-    (tree / "etc/start").chmod(0o755)
+    for script in ("start", "console", "shell"):
+        (tree / "etc" / script).chmod(0o755)
     # Where busybox's acpid looks for what the power button does.
     button = tree / "etc/acpi/PWRF/00000080"
     button.parent.mkdir(parents=True)
