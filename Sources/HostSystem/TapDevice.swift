@@ -11,7 +11,7 @@ public enum TapError: Error, Sendable, CustomStringConvertible {
   case busy(String)
   /// The tap belongs to somebody else and the caller lacks `CAP_NET_ADMIN`.
   case notPermitted(String)
-  /// The interface exists but is not a tap of the kind asked for (a tun, a bridge, or a tap with several queues).
+  /// The interface exists but is no tap (a tun, a bridge, a card).
   case wrongKind(String)
   /// `/dev/net/tun` cannot be opened.
   case noDriver(SystemError)
@@ -29,7 +29,7 @@ public enum TapError: Error, Sendable, CustomStringConvertible {
     case .notPermitted(let name):
       "Tap \(name) may not be opened; create it for this user with: ip tuntap add dev \(name) mode tap user NAME"
     case .wrongKind(let name):
-      "Interface \(name) is not a single-queue tap; create one with: ip tuntap add dev NAME mode tap"
+      "Interface \(name) is not a tap; create one with: ip tuntap add dev NAME mode tap"
     case .noDriver(let error): "\(error); load the module with: modprobe tun"
     case .notATap(let descriptor): "Descriptor \(descriptor) is not a tap; pass one attached with TUNSETIFF"
     case .wrongFlags(let name, let flags):
@@ -67,7 +67,9 @@ public struct TapDevice: ~Copyable, Sendable {
     do { driver = try OwnedFD.open("/dev/net/tun", O_RDWR | O_NONBLOCK) } catch { throw .noDriver(error) }
     let flags = UInt32(clinux_tun_tap | clinux_tun_no_packet_info | clinux_tun_vnet_header)
     // SAFETY: the name is a NUL-terminated copy that lives for the call.
-    let result = unsafe clinux_tun_attach(driver.rawValue, name, flags)
+    var result = unsafe clinux_tun_attach(driver.rawValue, name, flags)
+    // A tap made for several queues wants to be asked so.
+    if result == -EINVAL { result = unsafe clinux_tun_attach(driver.rawValue, name, flags | UInt32(clinux_tun_multi_queue)) }
     switch result {
     case 0...: break
     case -EBUSY: throw .busy(name)
@@ -75,11 +77,16 @@ public struct TapDevice: ~Copyable, Sendable {
     case -EINVAL, -EEXIST: throw .wrongKind(name)
     default: throw .system(SystemError("attach to tap \(name)", Errno(-result)))
     }
+    // It may have gone between our look and the attachment, and the kernel then made a new one, which goes with `driver`.
+    guard let state = Self.interface(of: driver), state.flags & Self.persistent != 0 else { throw .missing(name) }
     return try TapDevice(attached: driver, name: name)
   }
 
-  /// Adopts a descriptor that was attached by somebody else (launch contract), checking that it is a tap with the header.
-  public init(adopting fd: consuming OwnedFD) throws(TapError) {
+  /// IFF_PERSIST: the interface outlives the descriptors attached to it.
+  private static var persistent: UInt32 { 0x0800 }
+
+  /// What `fd` is attached to, nil if to nothing.
+  private static func interface(of fd: borrowing OwnedFD) -> (name: String, flags: UInt32)? {
     var bytes = [CChar](repeating: 0, count: 16)
     var flags: UInt32 = 0
     let number = fd.rawValue
@@ -87,8 +94,13 @@ public struct TapDevice: ~Copyable, Sendable {
     let result = unsafe bytes.withUnsafeMutableBufferPointer { name in
       unsafe clinux_tun_interface(number, name.baseAddress, &flags)
     }
-    guard result >= 0 else { throw .notATap(descriptor: number) }
-    let name = String(decoding: bytes.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    guard result >= 0 else { return nil }
+    return (String(decoding: bytes.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self), flags)
+  }
+
+  /// Adopts a descriptor that was attached by somebody else (launch contract), checking that it is a tap with the header.
+  public init(adopting fd: consuming OwnedFD) throws(TapError) {
+    guard let (name, flags) = Self.interface(of: fd) else { throw .notATap(descriptor: fd.rawValue) }
     let wanted = UInt32(clinux_tun_tap | clinux_tun_no_packet_info | clinux_tun_vnet_header)
     let iffTun: UInt32 = 0x0001
     guard flags & (wanted | iffTun) == wanted else { throw .wrongFlags(name: name, flags: flags) }

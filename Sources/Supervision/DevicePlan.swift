@@ -108,10 +108,24 @@ struct DevicePlanner {
     switch net.source {
     case .socket(let path): return DevicePlan(assignment, try external(path, net.id))
     case .tap(let tap):
-      let queue = FDBox(try TapInterface.attach(tap, net: net.id))
+      let queue = FDBox(try attach(tap, net: net.id))
       return DevicePlan(
         assignment,
         .program("martlet-net", arguments: ["--tap-fd=\(firstResource)"], resources: [queue], isOnTerminal: false))
+    }
+  }
+
+  /// The descriptor of the tap's queue. Never makes an interface.
+  private func attach(_ tap: String, net: String) throws(SupervisionError) -> OwnedFD {
+    do { return try TapDevice.open(tap).takeFD() } catch {
+      switch error {
+      case .badName, .missing: throw .tapMissing(net: net, tap: tap)
+      case .busy: throw .tapBusy(net: net, tap: tap)
+      case .notPermitted: throw .tap(net: net, tap: tap, .notPermitted)
+      case .wrongKind, .notATap, .wrongFlags: throw .notATap(net: net, tap: tap)
+      case .noDriver(let error): throw .noTun(net: net, error.errno)
+      case .system(let error): throw .tap(net: net, tap: tap, error.errno)
+      }
     }
   }
 
