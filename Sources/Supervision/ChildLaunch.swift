@@ -65,27 +65,16 @@ package struct ChildLaunch: Sendable {
     precondition(descriptors.count <= Self.descriptorLimit, "No process is given more than 32 descriptors.")
     var pidfd: CInt = -1
     var report: CInt = -1
-    let text = arguments.flatMap { Array($0.utf8CString) }
-    // SAFETY: `text` holds all arguments NUL-terminated one behind the other and, like the pointer array and the
-    // descriptor array, lives unchanged for the whole call; the child works on its own copy of memory.
-    let pid = unsafe text.withUnsafeBufferPointer { bytes in
-      var pointers: [UnsafeMutablePointer<CChar>?] = unsafe []
-      var offset = 0
-      for argument in arguments {
-        unsafe pointers.append(bytes.baseAddress.map { unsafe UnsafeMutablePointer(mutating: $0 + offset) })
-        offset += argument.utf8.count + 1
-      }
-      unsafe pointers.append(nil)
-      return unsafe pointers.withUnsafeBufferPointer { argv in
-        unsafe descriptors.withUnsafeBufferPointer { numbers in
-          let isCountedAlone = identity != nil || namespaces.contains(.user)
-          var launch = unsafe csandbox_launch(
-            executable: executable, arguments: argv.baseAddress, descriptors: numbers.baseAddress,
-            descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
-            gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
-            namespaces: namespaces.rawValue, parent_death_signal: parentDeathSignal)
-          return unsafe csandbox_start(&launch, &pidfd, &report)
-        }
+    // SAFETY: argument vector and descriptor array live unchanged for the call; the child works on its own copy of memory.
+    let pid = unsafe ArgumentVector.lend(arguments) { argv in
+      unsafe descriptors.withUnsafeBufferPointer { numbers in
+        let isCountedAlone = identity != nil || namespaces.contains(.user)
+        var launch = unsafe csandbox_launch(
+          executable: executable, arguments: argv, descriptors: numbers.baseAddress,
+          descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
+          gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
+          namespaces: namespaces.rawValue, parent_death_signal: parentDeathSignal)
+        return unsafe csandbox_start(&launch, &pidfd, &report)
       }
     }
     guard pid > 0 else { throw .step(.fork, program: arguments.first ?? "", Errno(-pid)) }

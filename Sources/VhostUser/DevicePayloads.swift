@@ -68,8 +68,7 @@ public struct InflightDescription: FixedPayload {
     mapOffset = reader.u64()
     queueCount = reader.u16()
     queueSize = reader.u16()
-    let (end, overflow) = mapOffset.addingReportingOverflow(size)
-    guard !overflow, end <= UInt64(Int64.max) else { throw .invalidValue(field: "inflight map offset", value: mapOffset) }
+    try WireRange.checkFile(mapOffset, size, "inflight map offset")
   }
 
   public var encoded: [UInt8] {

@@ -41,15 +41,9 @@ public struct RegionDescription: Equatable, Sendable {
     mapOffset = reader.u64()
     self.xen = xen ? XenMapping(flags: reader.u32(), domain: reader.u32()) : nil
     guard size != 0 else { throw .invalidValue(field: "region size", value: 0) }
-    guard !guestAddress.addingReportingOverflow(size).overflow else {
-      throw .invalidValue(field: "region guest address", value: guestAddress)
-    }
-    guard !userAddress.addingReportingOverflow(size).overflow else {
-      throw .invalidValue(field: "region user address", value: userAddress)
-    }
-    // File offsets are signed for the kernel.
-    let (end, overflow) = mapOffset.addingReportingOverflow(size)
-    guard !overflow, end <= UInt64(Int64.max) else { throw .invalidValue(field: "region map offset", value: mapOffset) }
+    try WireRange.check(guestAddress, size, "region guest address")
+    try WireRange.check(userAddress, size, "region user address")
+    try WireRange.checkFile(mapOffset, size, "region map offset")
     if let mapping = self.xen, mapping.flags & ~0x103 != 0 {
       throw .invalidValue(field: "region Xen flags", value: UInt64(mapping.flags))
     }
@@ -161,8 +155,7 @@ public struct LogDescription: FixedPayload {
     size = reader.u64()
     mapOffset = reader.u64()
     guard size != 0 else { throw .invalidValue(field: "log size", value: 0) }
-    let (end, overflow) = mapOffset.addingReportingOverflow(size)
-    guard !overflow, end <= UInt64(Int64.max) else { throw .invalidValue(field: "log map offset", value: mapOffset) }
+    try WireRange.checkFile(mapOffset, size, "log map offset")
   }
 
   public var encoded: [UInt8] {
@@ -206,9 +199,7 @@ public struct IOTLBMessage: FixedPayload {
     guard let kind = Kind(rawValue: type) else { throw .invalidValue(field: "IOTLB type", value: UInt64(type)) }
     self.kind = kind
     // A range may end exactly at the top of the address space, so the last byte counts, not the one after it.
-    if size > 0 {
-      guard !iova.addingReportingOverflow(size - 1).overflow else { throw .invalidValue(field: "IOTLB address", value: iova) }
-    }
+    if size > 0 { try WireRange.check(iova, size - 1, "IOTLB address") }
   }
 
   public var encoded: [UInt8] {
@@ -255,12 +246,8 @@ public struct SharedMemoryRange: FixedPayload {
     writable = flags & 1 == 1
     guard flags <= 1 else { throw .invalidValue(field: "shared memory flags", value: flags) }
     guard length != 0 else { throw .invalidValue(field: "shared memory length", value: 0) }
-    guard !offset.addingReportingOverflow(length).overflow else {
-      throw .invalidValue(field: "shared memory offset", value: offset)
-    }
-    guard !fileOffset.addingReportingOverflow(length).overflow else {
-      throw .invalidValue(field: "shared memory file offset", value: fileOffset)
-    }
+    try WireRange.check(offset, length, "shared memory offset")
+    try WireRange.check(fileOffset, length, "shared memory file offset")
   }
 
   public var encoded: [UInt8] {

@@ -125,7 +125,7 @@ public struct VringArea: FixedPayload {
     event = try VringEvent(decoding: reader.bytes(VringEvent.byteCount))
     size = reader.u64()
     offset = reader.u64()
-    guard !offset.addingReportingOverflow(size).overflow else { throw .invalidValue(field: "vring area offset", value: offset) }
+    try WireRange.check(offset, size, "vring area offset")
   }
 
   public var encoded: [UInt8] {

@@ -36,6 +36,20 @@ struct WireReader {
   }
 }
 
+/// Checks of what payloads say about ranges; each names the field that is wrong.
+enum WireRange {
+  /// A range of addresses must not wrap around.
+  static func check(_ start: UInt64, _ size: UInt64, _ field: String) throws(VhostUserError) {
+    guard !start.addingReportingOverflow(size).overflow else { throw .invalidValue(field: field, value: start) }
+  }
+
+  /// A range of a file: offsets are signed for the kernel.
+  static func checkFile(_ offset: UInt64, _ size: UInt64, _ field: String) throws(VhostUserError) {
+    let (end, overflow) = offset.addingReportingOverflow(size)
+    guard !overflow, end <= UInt64(Int64.max) else { throw .invalidValue(field: field, value: offset) }
+  }
+}
+
 /// Collects a payload.
 struct WireWriter {
   var bytes: [UInt8] = []

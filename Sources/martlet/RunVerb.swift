@@ -26,17 +26,9 @@ let runVerb = Verb(
 
 /// `execv`: this process becomes the program, so no second process stays behind. Returns only when it failed.
 func become(_ path: String, _ arguments: [String]) -> Errno {
-  let text = arguments.flatMap { Array($0.utf8CString) }
-  // SAFETY: all arguments stand NUL-terminated one behind the other in `text`, which lives for the call.
-  return unsafe text.withUnsafeBufferPointer { bytes in
-    var pointers: [UnsafeMutablePointer<CChar>?] = unsafe []
-    var offset = 0
-    for argument in arguments {
-      unsafe pointers.append(bytes.baseAddress.map { unsafe UnsafeMutablePointer(mutating: $0 + offset) })
-      offset += argument.utf8.count + 1
-    }
-    unsafe pointers.append(nil)
-    _ = unsafe execv(path, &pointers)
+  // SAFETY: the vector lives for the call.
+  unsafe ArgumentVector.lend(arguments) { vector in
+    if let vector = unsafe vector { _ = unsafe execv(path, vector) }
     return Errno(errno)
   }
 }
