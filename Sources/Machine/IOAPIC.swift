@@ -2,8 +2,8 @@ import Boot
 import KVM
 
 /// The I/O APIC's registers (version 0x11, 24 pins) as a pure state machine; what it sends are messages.
-struct IOAPIC: Sendable {
-  enum Effect: Equatable {
+package struct IOAPIC: Sendable {
+  package enum Effect: Equatable {
     /// Send this interrupt.
     case deliver(MSIMessage)
     /// The messages of level-triggered pins changed: KVM must know them to report their end of interrupt.
@@ -26,14 +26,14 @@ struct IOAPIC: Sendable {
   /// Rising edges that came while masked; delivered on unmasking.
   private var heldEdges: UInt32 = 0
 
-  init() {
+  package init() {
     entries = Array(repeating: Bits.masked, count: Int(PlatformInterrupt.pinCount))
   }
 
   // MARK: registers
 
   /// 32-bit registers at +0x00 (selector) and +0x10 (window).
-  func read(offset: UInt64) -> UInt32 {
+  package func read(offset: UInt64) -> UInt32 {
     switch offset {
     case 0x00: return UInt32(select)
     case 0x10:
@@ -49,7 +49,7 @@ struct IOAPIC: Sendable {
     }
   }
 
-  mutating func write(offset: UInt64, value: UInt32, effects: inout [Effect]) {
+  package mutating func write(offset: UInt64, value: UInt32, effects: inout [Effect]) {
     switch offset {
     case 0x00: select = UInt8(truncatingIfNeeded: value)
     case 0x10:
@@ -81,7 +81,7 @@ struct IOAPIC: Sendable {
 
   // MARK: inputs
 
-  mutating func setLine(_ pin: UInt32, _ isHigh: Bool, effects: inout [Effect]) {
+  package mutating func setLine(_ pin: UInt32, _ isHigh: Bool, effects: inout [Effect]) {
     let bit = UInt32(1) << pin
     let wasHigh = lines & bit != 0
     guard wasHigh != isHigh else { return }
@@ -95,7 +95,7 @@ struct IOAPIC: Sendable {
   }
 
   /// A processor acknowledged `vector`: level-triggered pins that used it may interrupt again.
-  mutating func endOfInterrupt(vector: UInt8, effects: inout [Effect]) {
+  package mutating func endOfInterrupt(vector: UInt8, effects: inout [Effect]) {
     for pin in entries.indices {
       let entry = entries[pin]
       guard entry & Bits.level != 0, entry & Bits.remoteIRR != 0, UInt8(truncatingIfNeeded: entry) == vector else {
@@ -138,7 +138,7 @@ struct IOAPIC: Sendable {
   /// Routes of the level-triggered pins, for KVM's end-of-interrupt reports. Masked pins too: Linux masks the pin of a
   /// threaded one-shot handler before it ends the interrupt, and would wait for ever for the remote flag to fall. Nothing
   /// is ever delivered by these routes; `deliver` sends.
-  var levelRoutes: [MSIRoute] {
+  package var levelRoutes: [MSIRoute] {
     entries.indices.compactMap { pin in
       let entry = entries[pin]
       guard entry & Bits.level != 0, entry & 0xFF >= 16 else { return nil }

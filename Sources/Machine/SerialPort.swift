@@ -1,10 +1,10 @@
 /// A 16550 serial port as a pure state machine: registers on one side, bytes on the other. Both directions are bounded;
 /// a full output buffer shows to the guest as a transmitter that is not empty.
-struct SerialPort: Sendable {
+package struct SerialPort: Sendable {
   /// Bytes of output held for a slow reader.
-  static let outputCapacity = 64 * 1024
+  package static let outputCapacity = 64 * 1024
   /// Bytes of input taken from outside before the guest reads them.
-  static let inputCapacity = 64
+  package static let inputCapacity = 64
 
   private enum Enable {
     static let received: UInt8 = 1
@@ -20,6 +20,8 @@ struct SerialPort: Sendable {
     static let transmitterEmpty: UInt8 = 0x40
   }
 
+  package init() {}
+
   private var interruptEnable: UInt8 = 0
   private var fifoControl: UInt8 = 0
   private var lineControl: UInt8 = 3
@@ -32,7 +34,7 @@ struct SerialPort: Sendable {
   private var transmitterInterrupt = false
   private var input: [UInt8] = []
   /// Bytes for the outside, oldest first.
-  private(set) var output: [UInt8] = []
+  package private(set) var output: [UInt8] = []
 
   private var isLoop: Bool { modemControl & 0x10 != 0 }
   private var hasOutputRoom: Bool { output.count < Self.outputCapacity }
@@ -67,11 +69,11 @@ struct SerialPort: Sendable {
   }
 
   /// The state of the interrupt line.
-  var isInterrupting: Bool { cause != 1 }
+  package var isInterrupting: Bool { cause != 1 }
 
   // MARK: registers
 
-  mutating func read(_ offset: UInt16) -> UInt8 {
+  package mutating func read(_ offset: UInt16) -> UInt8 {
     let isDivisor = lineControl & 0x80 != 0
     switch offset {
     case 0:
@@ -96,7 +98,7 @@ struct SerialPort: Sendable {
     }
   }
 
-  mutating func write(_ offset: UInt16, _ value: UInt8) {
+  package mutating func write(_ offset: UInt16, _ value: UInt8) {
     let isDivisor = lineControl & 0x80 != 0
     switch offset {
     case 0:
@@ -143,23 +145,23 @@ struct SerialPort: Sendable {
   // MARK: the outside
 
   /// Room for input; ask before taking bytes from their source.
-  var inputRoom: Int { isLoop ? 0 : max(0, Self.inputCapacity - input.count) }
+  package var inputRoom: Int { isLoop ? 0 : max(0, Self.inputCapacity - input.count) }
 
-  mutating func receive(_ bytes: ArraySlice<UInt8>) {
+  package mutating func receive(_ bytes: ArraySlice<UInt8>) {
     for byte in bytes {
       if input.count < Self.inputCapacity { input.append(byte) } else { hasOverrun = true }
     }
   }
 
   /// The first `count` bytes of the output have been taken.
-  mutating func consumeOutput(_ count: Int) {
+  package mutating func consumeOutput(_ count: Int) {
     let wasFull = !hasOutputRoom
     output.removeFirst(min(count, output.count))
     if wasFull, hasOutputRoom { transmitterInterrupt = true }
   }
 
   /// As after power-on; output not yet taken stays.
-  mutating func reset() {
+  package mutating func reset() {
     let kept = output
     self = SerialPort()
     output = kept
