@@ -93,8 +93,6 @@ def start_times(subjects, runs, khz):
             if isinstance(ticks, str):
                 print(f"{name}: {ticks}")
                 return None
-            # What a VM leaves to the kernel (namespaces, a ring) is taken down in the background: not on the next one's time.
-            time.sleep(0.2)
             if turn >= 0:  # the round before the first warms the caches
                 times[name].append(ticks / khz)
     return times

@@ -149,9 +149,7 @@ class Qemu:
                           "-netdev", f"vhost-user,id=n{number},chardev=net{number}"]
             else:
                 words += ["-netdev", f"tap,id=n{number},ifname={card.tap},script=no,downscript=no"]
-            words += ["-device", f"virtio-net-pci,netdev=n{number},disable-legacy=on,romfile={mac}" 
-                      # Seen with QEMU 7.2: with MSI-X this card gets no interrupts from a vhost-user back end here.
-                      + (",vectors=0" if card.socket else "")]
+            words += ["-device", f"virtio-net-pci,netdev=n{number},disable-legacy=on,romfile={mac}"]
         return Running(list(prefix) + words, place, self)
 
     def power_button(self, running):
