@@ -77,6 +77,7 @@ let layer4: [Target] = [
 ]
 
 let layer5: [Target] = [
+  module("BackendTesting", ["HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit"]),
   module("BlockDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "DiskImage", "BackendKit"]),
   module("NetDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
   module("ConsoleDevice", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "BackendKit"]),
@@ -96,6 +97,7 @@ let programs: [Target] = [
   program("martlet-block", ["HostSystem", "BlockDevice"]),
   program("martlet-net", ["HostSystem", "NetDevice"]),
   program("martlet-console", ["HostSystem", "ConsoleDevice"]),
+  program("martlet-template", ["HostSystem", "VirtioSpec", "VirtioQueue", "BackendKit"]),
   program("martlet-probe", ["Probe"]),
 ]
 
@@ -130,7 +132,9 @@ let testTargets: [Target] = [
   tests("VirtioQueueTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VirtioQueue", "TestSupport"]),
   tests("VirtioTransportTests", ["VirtioSpec", "VirtioTransport", "TestSupport"]),
   tests("BootTests", ["HostSystem", "VMMemory", "Boot", "TestSupport"]),
-  tests("BackendKitTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "TestSupport"]),
+  tests(
+    "BackendKitTests",
+    ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "BackendKit", "BackendTesting", "TestSupport"]),
   tests("FrontEndTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport", "FrontEnd", "TestSupport"]),
   tests("SupervisionTests", ["CLinux", "HostSystem", "Sandbox", "ControlProtocol", "Supervision", "TestSupport"]),
   tests("MachineTests", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot", "Machine", "TestSupport"]),
@@ -160,7 +164,8 @@ let testTargets: [Target] = [
 let package = Package(
   name: "martlet",
   products: [
-    .library(name: "MartletBackendKit", targets: ["BackendKit", "VirtioQueue", "VMMemory", "VhostUser", "VirtioSpec", "HostSystem"])
+    .library(name: "MartletBackendKit", targets: ["BackendKit", "VirtioQueue", "VMMemory", "VhostUser", "VirtioSpec", "HostSystem"]),
+    .library(name: "MartletBackendTesting", targets: ["BackendTesting"]),
   ],
   targets: layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets
 )

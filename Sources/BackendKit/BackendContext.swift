@@ -17,6 +17,8 @@ public struct BackendContext: ~Copyable {
   var loop: EventLoop<BackendToken>
   var configurationHasChanged = false
   var endReason: String?
+  /// Queues to be served once more, each once.
+  var queuesToServe: [Int] = []
 
   init() throws(SystemError) { loop = try EventLoop() }
 
@@ -36,6 +38,12 @@ public struct BackendContext: ~Copyable {
 
   /// The configuration space has changed by itself (a resize, say): the driver is told after this function.
   public mutating func configurationChanged() { configurationHasChanged = true }
+
+  /// The queue is served once more, after the other events of this turn, as if the driver had kicked: there is input now, or
+  /// work is left that would have kept others waiting. For queues that the kit's loop waits for; harmless when it is stopped.
+  public mutating func serveAgain(queue index: Int) {
+    if !queuesToServe.contains(index) { queuesToServe.append(index) }
+  }
 
   /// The device cannot go on (its tap is gone, say): the program ends with this line and a failure, in order.
   public mutating func end(because reason: String) { if endReason == nil { endReason = reason } }

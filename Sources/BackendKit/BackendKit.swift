@@ -1,21 +1,22 @@
 // BackendKit: everything a vhost-user device process needs except the device. The launch contract (`LaunchArguments`),
 // the start order with its place for the sandbox, READY and the end (`BackendProgram`), negotiation, memory table and
-// rings (`BackendServer`), the event loop (`BackendContext`), counters and log lines. What is left to an author is one type
-// that conforms to `DeviceBackend`: what the device is, its configuration bytes, and what to do with a ready queue.
+// rings (`BackendServer`), the event loop (`BackendContext`), counters and log lines. docs/backends.md leads through it.
 //
-// Ownership is the state machine: `start` hands the device an owned, mapped, validated queue; `stop` must give the same
-// queue back. Between the two nobody else touches it, and no device ever sees a half-configured ring.
+// What is left to an author is one type. A `ChainDevice` says what to do with a chain, and no more: the kit drains the rings
+// (entropy). A `DeviceBackend` has its queues in its own hands: many chains at a time, threads, any order of answers (block,
+// net, console). There, ownership is the state machine: `start` hands the device an owned, mapped, validated queue; `stop` must
+// give the same queue back; between the two nobody else touches it, and no device ever sees a half-configured ring. It chooses
+// who waits for kicks: the kit's event loop, which calls `kicked(queue:)`, or the device itself, usually in a thread per queue.
 //
-// A device chooses who waits for kicks. `.loop`: the kit's event loop does and calls `kicked(queue:)`; one thread, simple
-// state (console, net). `.device`: the device waits itself, usually in a thread per queue (block).
-//
-//     struct Entropy: DeviceBackend, ~Copyable {
-//       var profile: DeviceProfile { DeviceProfile(device: .entropy, queueCount: 1, features: [.version1]) }
-//       var queue: DeviceQueue?
-//       mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) { self.queue = consume queue }
-//       mutating func stop(queue index: Int, _ context: inout BackendContext) -> DeviceQueue? { queue.take() }
-//       mutating func kicked(queue index: Int, _ context: inout BackendContext) { /* fill the chains that are there */ }
+//     struct Entropy: ChainDevice, ~Copyable {
+//       let source: OwnedFD
+//       var profile: DeviceProfile { DeviceProfile(device: .entropy) }
+//       mutating func serve(_ chain: inout DescriptorChain, queue: Int, _ context: inout BackendContext) -> ChainAnswer {
+//         if case .bytes = chain.fill(from: source, atMost: 4096) { return .done }
+//         context.end(because: "The source of random bytes is gone")
+//         return .later
+//       }
 //     }
 //
 //     // main.swift
-//     exit(BackendProgram(type: "rng").run(OwnProgram.arguments) { _ in Entropy() })
+//     exit(BackendProgram(type: "rng").run(OwnProgram.arguments, serving: { _ in Entropy(...) }))

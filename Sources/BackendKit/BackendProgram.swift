@@ -8,13 +8,22 @@ import Sandbox
 /// Exit codes: 0 the front end went away, SIGTERM, or nothing was asked but text; 1 it could not start or had to give up;
 /// 2 the command line is wrong. Each failure is one line on standard error.
 public struct BackendProgram: Sendable {
+  /// The program's own name, for logs and help.
+  public let name: String
+  /// One line for people, in help and description.
+  public let summary: String
   /// The `type` of the capabilities JSON (`docs/interop/vhost-user.json` of QEMU): `block`, `net`, ...
   public let type: String
   /// The `features` of the capabilities JSON.
   public let features: [String]
   public let options: [LaunchOption]
 
-  public init(type: String, features: [String] = [], options: [LaunchOption] = []) {
+  /// - Parameters:
+  ///   - name: by default `martlet-` and the type.
+  ///   - summary: by default what the type says.
+  public init(name: String? = nil, type: String, summary: String? = nil, features: [String] = [], options: [LaunchOption] = []) {
+    self.name = name ?? "martlet-" + type
+    self.summary = summary ?? "a vhost-user \(type) device in its own process"
     self.type = type
     self.features = features
     self.options = options
@@ -28,6 +37,13 @@ public struct BackendProgram: Sendable {
     _ arguments: [String], makeDevice: (LaunchArguments) throws(BackendError) -> Device
   ) -> CInt {
     run(arguments, alternative: nil) { launch throws(BackendError) in try serve(launch, makeDevice) }
+  }
+
+  /// As `run(_:makeDevice:)`, for a device that answers one chain after another.
+  public func run<Device: ChainDevice & ~Copyable>(
+    _ arguments: [String], serving makeDevice: (LaunchArguments) throws(BackendError) -> Device
+  ) -> CInt {
+    run(arguments) { launch throws(BackendError) in ChainBackend(try makeDevice(launch)) }
   }
 
   /// As `run(_:makeDevice:)`, for a program that can do something else than serve a front end.
@@ -63,7 +79,7 @@ public struct BackendProgram: Sendable {
   private func run(
     _ arguments: [String], alternative: String?, serve: (LaunchArguments) throws(BackendError) -> CInt
   ) -> CInt {
-    Log.setSpeaker("martlet-" + type)
+    Log.setSpeaker(name)
     let launch: LaunchArguments
     do {
       launch = try LaunchArguments.parse(Array(arguments.dropFirst()), options: options, alternative: alternative)
@@ -77,6 +93,9 @@ public struct BackendProgram: Sendable {
       return 0
     case .printCapabilities:
       Log.write(capabilities)
+      return 0
+    case .printDescription:
+      Log.write(description(binary: OwnProgram.path ?? name))
       return 0
     case .serve: break
     }
@@ -124,6 +143,33 @@ public struct BackendProgram: Sendable {
     }
   }
 
+  /// Serves one front end on the calling thread until it leaves: no options, no walls, no signals. For tests of a device.
+  public static func serve<Device: DeviceBackend & ~Copyable>(
+    _ socket: consuming OwnedFD, _ device: consuming Device
+  ) throws(BackendError) {
+    var device = device
+    do {
+      let never = try EventFD()
+      var context = try BackendContext()
+      try device.prepare(&context)
+      var server = try BackendServer(device, context, allowsUnsealedMemory: true)
+      guard try server.run(.connected(socket), never.fd) == 0 else { throw BackendError.device("The device or its front end failed") }
+    } catch let error as BackendError {
+      throw error
+    } catch let error as SystemError {
+      throw .system(error)
+    } catch {
+      throw .device("\(error)")
+    }
+  }
+
+  /// As above, for a device that answers one chain after another.
+  public static func serve<Device: ChainDevice & ~Copyable>(
+    _ socket: consuming OwnedFD, _ device: consuming Device
+  ) throws(BackendError) {
+    try serve(socket, ChainBackend(device))
+  }
+
   private func wall(_ body: () throws(SandboxError) -> Void) throws(BackendError) {
     do { try body() } catch { throw .device(error.message) }
   }
@@ -135,11 +181,32 @@ public struct BackendProgram: Sendable {
     return "{\"type\": \"\(type)\"" + (features.isEmpty ? "}" : ", \"features\": [\(list)]}")
   }
 
+  /// The description file by which management tools find back-end programs (`docs/interop/vhost-user.json` of QEMU,
+  /// `VHostUserBackend`): installed as `share/qemu/vhost-user/50-NAME.json`.
+  /// - Parameter binary: the program's absolute path.
+  public func description(binary: String) -> String {
+    "{\n  \"description\": \(Self.quoted("\(name): \(summary)")),\n  \"type\": \(Self.quoted(type)),\n"
+      + "  \"binary\": \(Self.quoted(binary))\n}"
+  }
+
+  /// A JSON string (RFC 8259, section 7).
+  private static func quoted(_ text: String) -> String {
+    var result = "\""
+    for scalar in text.unicodeScalars {
+      switch scalar {
+      case "\"", "\\": result += "\\\(scalar)"
+      case "\u{0}"..<" ": result += "\\u00" + (scalar.value < 16 ? "0" : "") + String(scalar.value, radix: 16)
+      default: result.unicodeScalars.append(scalar)
+      }
+    }
+    return result + "\""
+  }
+
   var helpLines: [String] {
     let all = LaunchArguments.common + options
     let names = all.map { "--" + $0.name + ($0.argument.map { "=" + $0 } ?? "") }
     let width = (names.map(\.utf8.count).max() ?? 0) + 2
-    return ["martlet-\(type): a vhost-user \(type) device in its own process", ""]
+    return ["\(name): \(summary)", ""]
       + zip(names, all).map { name, option in
         "  " + name + String(repeating: " ", count: width - name.utf8.count) + option.help
       }

@@ -114,9 +114,13 @@ extension BackendServer where Device: ~Copyable {
     // Kept between rounds, so that a wake-up allocates nothing.
     var events: [(token: BackendToken, readiness: Readiness)] = []
     events.reserveCapacity(64)
+    var again: [Int] = []
     while true {
       events.removeAll(keepingCapacity: true)
-      let timeout = connection.deadline.map { $0.since(.now) + .milliseconds(1) }
+      // What is asked for from now on has its turn after the next look at everybody else.
+      again.removeAll(keepingCapacity: true)
+      swap(&again, &context.queuesToServe)
+      let timeout = again.isEmpty ? connection.deadline.map { $0.since(.now) + .milliseconds(1) } : .zero
       try context.loop.wait(timeout: timeout) { token, readiness in events.append((token, readiness)) }
       for event in events {
         switch event.token {
@@ -133,6 +137,7 @@ extension BackendServer where Device: ~Copyable {
         case .listener: break
         }
       }
+      for index in again where rings[index].isWithDevice && profile.kickWaiter == .loop { device.kicked(queue: index, &context) }
       do { try connection.checkDeadline(now: .now) } catch { return ended(by: error) }
       if context.configurationHasChanged {
         context.configurationHasChanged = false

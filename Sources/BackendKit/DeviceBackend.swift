@@ -26,8 +26,13 @@ public struct DeviceProfile: Sendable {
   /// killed process left come again (`Virtqueue.next`) to the next one. Off for a device whose requests must not be done twice.
   public var recordsInflight = true
 
+  /// What the kit's rings can do, for every device: packed rings, indirect descriptors, event indices. A device with bits of
+  /// its own offers `DeviceProfile.ringFeatures.union(...)`.
+  public static let ringFeatures: FeatureSet = [.version1, .indirectDescriptors, .eventIndex, .packedRing]
+
   public init(
-    device: DeviceID, queueCount: Int, greatestQueueSize: UInt16 = 1024, features: FeatureSet, kickWaiter: KickWaiter = .loop
+    device: DeviceID, queueCount: Int = 1, greatestQueueSize: UInt16 = 1024, features: FeatureSet = DeviceProfile.ringFeatures,
+    kickWaiter: KickWaiter = .loop
   ) {
     precondition((1...256).contains(queueCount), "A vhost-user device has 1 to 256 queues.")
     self.device = device
@@ -38,12 +43,10 @@ public struct DeviceProfile: Sendable {
   }
 }
 
-/// A device behind vhost-user. All functions are called on the kit's thread.
-///
-/// Order: `prepare` once; then per connection `negotiated`, `start` and `stop` any number of times, queue by queue, and
-/// at its end `disconnected`. Every queue that was started is stopped before `disconnected`, before the memory table changes,
-/// and before features change.
-public protocol DeviceBackend: ~Copyable {
+/// What every device behind vhost-user says and hears, besides its queues: those come by `ChainDevice`, one chain at a time,
+/// or by `DeviceBackend`, which leaves everything to the device. All functions are called on the kit's thread; all but
+/// `profile` have a default.
+public protocol VirtioDevice: ~Copyable {
   var profile: DeviceProfile { get }
 
   /// The device's configuration space as it is now, at most 256 bytes; reads beyond its end answer zeros.
@@ -62,6 +65,33 @@ public protocol DeviceBackend: ~Copyable {
   /// The driver wrote into the configuration space. False when a byte of it is not writable; nothing has changed then.
   mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool
 
+  /// A descriptor that the device watches is ready.
+  mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext)
+
+  /// The driver reset the device (`RESET_DEVICE`, status 0); no queue runs now.
+  mutating func reset(_ context: inout BackendContext)
+
+  /// The front end is gone. With a listening socket another one may come and starts afresh.
+  mutating func disconnected(_ context: inout BackendContext)
+}
+
+extension VirtioDevice where Self: ~Copyable {
+  public var configuration: [UInt8] { [] }
+  public var systemCalls: SystemCallNeeds { .none }
+  public mutating func prepare(_ context: inout BackendContext) throws(BackendError) {}
+  public mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) {}
+  public mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool { false }
+  public mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext) {}
+  public mutating func reset(_ context: inout BackendContext) {}
+  public mutating func disconnected(_ context: inout BackendContext) {}
+}
+
+/// A device that has its queues in its own hands: many chains at a time, threads, any order of answers.
+///
+/// Order: `prepare` once; then per connection `negotiated`, `start` and `stop` any number of times, queue by queue, and
+/// at its end `disconnected`. Every queue that was started is stopped before `disconnected`, before the memory table changes,
+/// and before features change.
+public protocol DeviceBackend: VirtioDevice, ~Copyable {
   /// A ready queue, the device's own from here until `stop`. The device looks at the ring once by itself: buffers may
   /// have been made available before the first kick. With `.loop` the kit calls `kicked` for that.
   mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError)
@@ -73,28 +103,12 @@ public protocol DeviceBackend: ~Copyable {
   /// never started.
   mutating func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue?
 
-  /// The driver kicked (`.loop` only; the kick is already acknowledged). Kicks may be spurious.
+  /// The driver kicked (`.loop` only; the kick is already acknowledged), or `BackendContext.serveAgain` asked for it. Kicks may
+  /// be spurious.
   mutating func kicked(queue index: Int, _ context: inout BackendContext)
-
-  /// A descriptor that the device watches is ready.
-  mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext)
-
-  /// The driver reset the device (`RESET_DEVICE`, status 0); no queue runs now.
-  mutating func reset(_ context: inout BackendContext)
-
-  /// The front end is gone. With a listening socket another one may come and starts afresh.
-  mutating func disconnected(_ context: inout BackendContext)
 }
 
 extension DeviceBackend where Self: ~Copyable {
-  public var configuration: [UInt8] { [] }
-  public var systemCalls: SystemCallNeeds { .none }
-  public mutating func prepare(_ context: inout BackendContext) throws(BackendError) {}
-  public mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) {}
-  public mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool { false }
   public mutating func enabled(queue index: Int, _ isEnabled: Bool, _ context: inout BackendContext) {}
   public mutating func kicked(queue index: Int, _ context: inout BackendContext) {}
-  public mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext) {}
-  public mutating func reset(_ context: inout BackendContext) {}
-  public mutating func disconnected(_ context: inout BackendContext) {}
 }

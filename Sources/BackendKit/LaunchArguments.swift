@@ -29,7 +29,7 @@ public struct LaunchArguments: Sendable {
     case listen(String)
   }
 
-  public enum Request: Equatable, Sendable { case serve, printCapabilities, help }
+  public enum Request: Equatable, Sendable { case serve, printCapabilities, printDescription, help }
 
   public var request = Request.serve
   public var connection: Connection?
@@ -73,6 +73,7 @@ public struct LaunchArguments: Sendable {
     .value("sandbox", "MODE", "off, on, or log: do what the walls forbid, and write it to the kernel's log (default: off)"),
     .value("log", "LEVEL", "error, warning, info or debug (default: warning)"),
     .flag("print-capabilities", "print what this program can do as JSON, and exit"),
+    .flag("print-description", "print the description file that QEMU's conventions ask for as JSON, and exit"),
     .flag("help", "print this text, and exit"),
   ]
 
@@ -119,6 +120,7 @@ public struct LaunchArguments: Sendable {
     switch name {
     case "help": request = .help
     case "print-capabilities": if request != .help { request = .printCapabilities }
+    case "print-description": if request == .serve { request = .printDescription }
     case "socket-path", "fd":
       guard connection == nil else { throw .noConnection }
       connection = name == "fd" ? .descriptor(try Self.descriptorNumber(value, of: "--fd")) : .listen(value)

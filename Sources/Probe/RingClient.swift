@@ -195,6 +195,14 @@ final class RingClient {
       return Ping(request: FuseWire.initialise(unique: 0x1122_3344_5566_7788), answerByteCount: 80) { answer in
         FuseWire.problem(answer, unique: 0x1122_3344_5566_7788)
       }
+    case .entropy?:
+      return Ping(request: [], answerByteCount: 64) { answer in
+        let written = Int(answer.written)
+        if written < 1 || written > 64 { return "a buffer of 64 bytes comes back with \(written) bytes written" }
+        let random = answer.bytes[..<written]
+        if written >= 16, Set(random).count == 1 { return "all bytes of the answer are \(random.prefix(1).hexText())" }
+        return answer.bytes[written...].allSatisfy { $0 == 0xA5 } ? nil : "more was written than reported"
+      }
     default: return nil
     }
   }

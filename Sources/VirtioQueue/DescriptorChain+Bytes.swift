@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import HostSystem
 import VirtioSpec
 
 /// Taking bytes out of a chain and putting bytes into it, whatever pieces the driver made of them.
@@ -34,6 +35,16 @@ extension DescriptorChain {
     }
     // The compiler must not look at the guest's bytes again instead of the copy.
     clinux_fence_acquire()
+  }
+
+  /// Copies readable bytes out, as many as there are and at most `limit`, and moves past them.
+  public mutating func takeReadableBytes(atMost limit: Int) -> [UInt8] {
+    let count = min(max(0, limit), readableCount)
+    // SAFETY: exactly `count` bytes are initialised, and there are as many to take.
+    return unsafe [UInt8](unsafeUninitializedCapacity: count) { buffer, initialized in
+      unsafe takeReadable(into: UnsafeMutableRawBufferPointer(rebasing: UnsafeMutableRawBufferPointer(buffer)[..<count]))
+      initialized = count
+    }
   }
 
   /// Moves past readable bytes without looking at them; as many as there are, at most `byteCount`.
@@ -71,6 +82,29 @@ extension DescriptorChain {
       done += count
     }
     return total
+  }
+
+  /// As `put(_:)` for raw bytes.
+  @discardableResult
+  public mutating func put(_ bytes: [UInt8]) -> Int { unsafe bytes.withUnsafeBytes { all in unsafe put(all) } }
+
+  /// Reads from a descriptor straight into the writable part, at most `limit` bytes, until it is full or the descriptor gives
+  /// no more, and moves past what was filled. Nothing else than `.bytes` is returned once something has been read.
+  public mutating func fill(from fd: borrowing OwnedFD, atMost limit: Int) -> Transfer {
+    var done = 0
+    // Bounded: each round fills a whole piece or is the last.
+    while done < limit, writableCount > 0 {
+      // SAFETY: writableCount says that there is a piece left; the kernel writes into memory of the guest's, and copes with
+      // its going away.
+      let piece = unsafe segments[writableStart]
+      let count = unsafe min(piece.iov_len, limit - done)
+      let transfer = unsafe fd.read(into: UnsafeMutableRawBufferPointer(start: piece.iov_base, count: count))
+      guard case .bytes(let read) = transfer else { return done > 0 ? .bytes(done) : transfer }
+      advanceWritable(by: read)
+      done += read
+      if read < count { break }
+    }
+    return .bytes(done)
   }
 
   /// Moves past writable bytes, as after the kernel has filled them; as many as there are, at most `byteCount`.

@@ -494,7 +494,7 @@ final class Session {
     ring.wasKicked = false
     guard let index = rings.firstIndex(where: { $0 === ring }) else { return }
     if has("last-queue"), index == rings.count - 1 { return }
-    if device != .block, index == 0 {
+    if device != .block, device != .entropy, index == 0 {
       guard has("receive-uses"), case .chain? = ring.queue?.next(&chain) else { return }
       ring.queue?.complete(chain.token, written: 3 + (device == .console ? 1000 : 0))
       _ = ring.queue?.publish()
@@ -551,6 +551,10 @@ final class Session {
     switch device {
     case .block: answer = block(readable, chain.writableByteCount)
     case .fileSystem: answer = fuse(readable, chain.writableByteCount)
+    case .entropy:
+      if has("rng-abort"), !readable.isEmpty { abort() }
+      if has("rng-empty") { return 0 }
+      answer = (0..<chain.writableByteCount).map { has("rng-same") ? UInt8(truncatingIfNeeded: $0) : .random(in: 0...255) }
     default: return transmit(readable)
     }
     let count = answer.withUnsafeBytes { chain.put($0) }

@@ -1,5 +1,6 @@
 // A vhost-user back end with one defect of choice, for the tests of the probe. Without a defect it is a good one: a disk
-// in memory, a network card that swallows frames, a console that swallows output, or a file system that answers FUSE_INIT.
+// in memory, a network card that swallows frames, a console that swallows output, a file system that answers
+// FUSE_INIT, or a source of random bytes.
 //
 //     broken-backend SOCKET TYPE [DEFECT]...
 

@@ -87,11 +87,12 @@ private let catches: [(String, String, [String])] = [
   ("net", "transmit-abort", ["net.transmit-short", "net.transmit-offload"]), ("net", "receive-uses", ["net.receive-idle"]),
   ("console", "transmit-length", ["console.transmit"]), ("console", "receive-uses", ["console.receive-idle"]),
   ("console", "transmit-abort", ["console.wrong-way"]), ("fs", "fuse-unique", ["fs.init"]), ("fs", "fuse-accepts", ["fs.unknown"]),
-  ("fs", "fuse-abort", ["fs.short", "fs.no-room"]),
+  ("fs", "fuse-abort", ["fs.short", "fs.no-room"]), ("rng", "rng-empty", ["rng.fill"]), ("rng", "rng-same", ["rng.different"]),
+  ("rng", "rng-abort", ["rng.readable"]),
 ]
 
 @Suite(.serialized) struct CheckTests {
-  @Test(arguments: ["block", "net", "console", "fs"]) func aGoodBackEndPassesEveryCase(type: String) throws {
+  @Test(arguments: ["block", "net", "console", "fs", "rng"]) func aGoodBackEndPassesEveryCase(type: String) throws {
     let report = try check(type, [])
     for failure in report.failures { Issue.record("\(failure.id): \(failure.verdict.reason) \(failure.trace)") }
     #expect(report.results.count == Check.ids.count)

@@ -5,9 +5,36 @@ import VhostUser
 import VirtioQueue
 import VirtioSpec
 
-/// Network cards, consoles and file systems.
+/// Network cards, consoles, file systems and entropy devices.
 enum OtherCases {
-  static let all: [CheckCase] = net + console + fileSystem
+  static let all: [CheckCase] = net + console + fileSystem + entropy
+
+  private static let entropy: [CheckCase] = [
+    only(.entropy, "rng.fill", "Buffers of every size come back with at least one random byte", "virtio 1.4, 5.4.6") { context in
+      let client = try context.client()
+      for count in [1, 2, 64, 4096, 65536] {
+        let answer = try client.exchange([], answerByteCount: count)
+        try context.expect(
+          answer.written >= 1 && Int(answer.written) <= count, "room for \(count) bytes comes back with \(answer.written) written")
+      }
+    },
+    only(.entropy, "rng.different", "Two buffers have different bytes", "virtio 1.4, 5.4") { context in
+      let client = try context.client()
+      let first = try client.exchange([], answerByteCount: 64)
+      let second = try client.exchange([], answerByteCount: 64)
+      let count = Int(min(first.written, second.written, 64))
+      try context.expect(
+        count < 16 || first.bytes.prefix(count) != second.bytes.prefix(count), "both are \(first.bytes.prefix(count).hexText())")
+    },
+    only(.entropy, "rng.readable", "A buffer to be read does not end the device", "virtio 1.4, 5.4.6.1") { context in
+      do {
+        let client = try context.client()
+        _ = try client.offer([1, 2, 3], answerByteCount: 0)
+        _ = try? client.takeUsed(within: .milliseconds(100))
+      }
+      try context.client().ping()
+    },
+  ]
 
   private static let net: [CheckCase] = [
     only(.net, "net.mac", "The address in the configuration belongs to one card", "virtio 1.4, 5.1.4") { context in

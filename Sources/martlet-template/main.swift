@@ -1,0 +1,4 @@
+import Glibc
+import HostSystem
+
+exit(Entropy.program.run(OwnProgram.arguments, serving: Entropy.make))
