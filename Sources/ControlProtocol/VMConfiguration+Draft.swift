@@ -4,6 +4,8 @@ extension VMConfiguration {
     enum Device: Sendable {
       case disk(Disk)
       case net(Net)
+      case fileSystem(FileSystem)
+      case entropy(Entropy)
       case generic(GenericVhostUser)
     }
 
@@ -37,6 +39,12 @@ extension VMConfiguration {
         case .net(var net):
           net.id = entry.id ?? Self.freeID("net", &places)
           result.nets.append(net)
+        case .fileSystem(var fileSystem):
+          fileSystem.id = entry.id ?? Self.freeID("fs", &places)
+          result.fileSystems.append(fileSystem)
+        case .entropy(var entropy):
+          entropy.id = entry.id ?? Self.freeID("rng", &places)
+          result.entropy = entropy
         case .generic(var generic):
           generic.id = entry.id ?? Self.freeID(generic.deviceType.description, &places)
           result.generics.append(generic)
@@ -91,8 +99,15 @@ extension VMConfiguration {
     }
     for disk in disks { if case .socket(let path) = disk.source { sockets.append((path, "disk \(disk.id)")) } }
     for net in nets { if case .socket(let path) = net.source { sockets.append((path, "net \(net.id)")) } }
+    for fileSystem in fileSystems { sockets.append((fileSystem.socket, "file system \(fileSystem.id)")) }
     for generic in generics { sockets.append((generic.socket, "device \(generic.id)")) }
     try Self.checkUnique(sockets, remedy: "give each a path of its own, not both")
+    for (index, fileSystem) in fileSystems.enumerated() {
+      if let other = fileSystems[..<index].first(where: { $0.tag == fileSystem.tag }) {
+        throw .conflict(
+          "file system \(other.id)", "file system \(fileSystem.id) (both tag=\(fileSystem.tag))", remedy: "give each a tag of its own")
+      }
+    }
 
     var images: [(path: String, place: String, readOnly: Bool)] = []
     for disk in disks {

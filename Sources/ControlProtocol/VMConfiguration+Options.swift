@@ -131,6 +131,45 @@ extension VMConfiguration {
       draft.add(.net(net), id: try values.id(), option: values.option)
     },
     Option(
+      "fs",
+      .list(
+        keys: [
+          KeyDescription("tag", "NAME", required: true, "what the guest mounts it by, at most \(Limits.tag) bytes"),
+          KeyDescription("socket", "PATH", required: true, "listening socket of the file system daemon (virtiofsd)"),
+          KeyDescription("id", "NAME", "name of the device; fs0, fs1, ... when left out"),
+          KeyDescription("num_queues", "N", "request queues; one when left out"),
+          KeyDescription("queue_size", "N", "descriptors of a queue; 1024 when left out"),
+        ] + deathKeys), .many, group: "Devices", summary: "virtio file system, served by a virtiofsd that was started by hand",
+      example: "--fs tag=home,socket=fs.sock"
+    ) { (draft, values) throws(ConfigurationError) in
+      let tag = try values.required("tag")
+      guard FileSystemConfiguration(tag: tag) != nil else { throw values.bad("tag", "1 to \(Limits.tag) bytes") }
+      guard let socket = try values.socketPath("socket") else {
+        throw .missingKey(option: values.option, key: "socket", example: values.example)
+      }
+      let fileSystem = FileSystem(
+        id: "", tag: tag, socket: socket,
+        // One more is the queue for urgent requests.
+        queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues - 1)) ?? 1),
+        queueSize: try values.queueSize("queue_size") ?? 1024, death: try values.deathPolicy())
+      draft.add(.fileSystem(fileSystem), id: try values.id(), option: values.option)
+    },
+    Option(
+      "rng",
+      .list(
+        keys: [
+          KeyDescription("src", "PATH", "character device that random bytes are read from; /dev/urandom when left out"),
+          KeyDescription("id", "NAME", "name of the device; rng0 when left out"),
+        ] + deathKeys, words: [KeyDescription("on", "", "with /dev/urandom")]), group: "Devices",
+      summary: "virtio entropy device (hwrng), served by its own process", example: "--rng on"
+    ) { (draft, values) throws(ConfigurationError) in
+      if values.has(word: "on"), values.has(key: "src") {
+        throw .conflict("--rng on", "src=", remedy: "leave out one of them")
+      }
+      let entropy = Entropy(id: "", source: try values.path("src") ?? "/dev/urandom", death: try values.deathPolicy())
+      draft.add(.entropy(entropy), id: try values.id(), option: values.option)
+    },
+    Option(
       "generic-vhost-user",
       .list(keys: [
         KeyDescription("socket", "PATH", required: true, "listening socket of the back end"),

@@ -21,6 +21,8 @@ package struct VMConfiguration: Equatable, Sendable {
     package static let name = 32
     /// VIRTIO_BLK_ID_BYTES.
     package static let serial = 20
+    /// `tag` of struct virtio_fs_config.
+    package static let tag = 36
     /// IFNAMSIZ without the NUL.
     package static let interfaceName = 15
     package static let milliseconds: UInt64 = 600_000
@@ -68,6 +70,26 @@ package struct VMConfiguration: Equatable, Sendable {
     /// Six bytes; nil lets the supervisor derive one from VM name and id.
     package var mac: [UInt8]?
     package var queueSize: UInt16
+    package var death = DeathPolicy()
+  }
+
+  /// A directory of the host that a file system daemon serves (virtiofsd).
+  package struct FileSystem: Equatable, Sendable {
+    package var id: String
+    /// What the guest mounts it by.
+    package var tag: String
+    package var socket: String
+    /// Request queues; one for urgent requests comes on top.
+    package var queueCount: UInt16
+    package var queueSize: UInt16
+    package var death = DeathPolicy()
+  }
+
+  /// A source of random bytes for the guest.
+  package struct Entropy: Equatable, Sendable {
+    package var id: String
+    /// A character device.
+    package var source: String
     package var death = DeathPolicy()
   }
 
@@ -119,6 +141,8 @@ package struct VMConfiguration: Equatable, Sendable {
   package var memorySize: UInt64 = 512 << 20
   package var disks: [Disk] = []
   package var nets: [Net] = []
+  package var fileSystems: [FileSystem] = []
+  package var entropy: Entropy?
   package var generics: [GenericVhostUser] = []
   package var console: Terminal = .tty
   package var serial: Terminal = .null
@@ -146,6 +170,7 @@ package struct VMConfiguration: Equatable, Sendable {
   package func externalSocket(of id: String) -> String? {
     for disk in disks { if disk.id == id, case .socket(let path) = disk.source { return path } }
     for net in nets { if net.id == id, case .socket(let path) = net.source { return path } }
+    if let fileSystem = fileSystems.first(where: { $0.id == id }) { return fileSystem.socket }
     return generics.first { $0.id == id }?.socket
   }
 
@@ -153,11 +178,15 @@ package struct VMConfiguration: Equatable, Sendable {
   package func deathPolicy(of id: String) -> DeathPolicy {
     for disk in disks where disk.id == id { return disk.death }
     for net in nets where net.id == id { return net.death }
+    for fileSystem in fileSystems where fileSystem.id == id { return fileSystem.death }
+    if let entropy, entropy.id == id { return entropy.death }
     return DeathPolicy()
   }
 
   /// Devices that take a PCI slot and a vhost-user session.
-  package var deviceCount: Int { disks.count + nets.count + generics.count + (console == .off ? 0 : 1) }
+  package var deviceCount: Int {
+    disks.count + nets.count + fileSystems.count + generics.count + (entropy == nil ? 0 : 1) + (console == .off ? 0 : 1)
+  }
 }
 
 extension VMConfiguration {

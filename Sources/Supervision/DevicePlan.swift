@@ -55,6 +55,8 @@ struct DevicePlanner {
     var plans: [DevicePlan] = []
     for disk in configuration.disks { plans.append(try plan(disk)) }
     for net in configuration.nets { plans.append(try plan(net)) }
+    for fileSystem in configuration.fileSystems { plans.append(try plan(fileSystem)) }
+    if let entropy = configuration.entropy { plans.append(try plan(entropy)) }
     for generic in configuration.generics {
       plans.append(
         DevicePlan(
@@ -127,6 +129,22 @@ struct DevicePlanner {
       case .system(let error): throw .tap(net: net, tap: tap, error.errno)
       }
     }
+  }
+
+  /// The daemon knows the files; name and queues are said to the guest by us.
+  private mutating func plan(_ fileSystem: VMConfiguration.FileSystem) throws(SupervisionError) -> DevicePlan {
+    let space = FileSystemConfiguration(tag: fileSystem.tag, requestQueueCount: UInt32(fileSystem.queueCount))
+    let sizes = [UInt16](repeating: fileSystem.queueSize, count: 1 + Int(fileSystem.queueCount))
+    return DevicePlan(
+      assign(fileSystem.id, .fileSystem, sizes, configuration: space?.encoded() ?? []),
+      try external(fileSystem.socket, fileSystem.id))
+  }
+
+  private mutating func plan(_ entropy: VMConfiguration.Entropy) throws(SupervisionError) -> DevicePlan {
+    let source = FDBox(try HostFiles.randomSource(entropy.source))
+    return DevicePlan(
+      assign(entropy.id, .entropy, [64]),
+      .program("martlet-template", arguments: ["--source-fd=\(firstResource)"], resources: [source], isOnTerminal: false))
   }
 
   private func external(_ path: String, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {

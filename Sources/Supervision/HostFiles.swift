@@ -97,6 +97,18 @@ enum HostFiles {
     }
   }
 
+  /// Where a guest's random bytes come from. A regular file is refused: it would give every VM the same ones, and end.
+  static func randomSource(_ path: String) throws(SupervisionError) -> OwnedFD {
+    let what = "source of --rng"
+    // Non-blocking, so that a named pipe does not hold us up before it is refused.
+    let fd = try open(path, O_RDONLY | O_NONBLOCK, what: what)
+    guard try examine(fd).kind == .characterDevice else {
+      throw .wrongKind(what: what, path: path, wants: "a character device such as /dev/urandom")
+    }
+    try clearNonBlocking(fd)
+    return fd
+  }
+
   /// The output of a console: appended to, made if missing.
   static func consoleFile(_ path: String, option: String) throws(SupervisionError) -> OwnedFD {
     do {

@@ -18,7 +18,6 @@ package final class Supervisor {
     case launchReport(Int)
     case ready(Int)
     case processEnd(Int)
-    case spawnerEnd
     /// The line on which a console process tells of the escape key.
     case escapeKey(Int)
   }
@@ -42,10 +41,7 @@ package final class Supervisor {
   }
 
   let configuration: VMConfiguration
-  /// Until our own walls stand.
-  var programs: Programs?
-  /// Under which uid the VM was started.
-  let userID: UInt32
+  let programs: Programs
   var identities: Identities
   /// What the processes are walled in with.
   let walls: Walls
@@ -65,10 +61,6 @@ package final class Supervisor {
   var escapeLines: [Int: FDBox] = [:]
   /// What is known of every device for the day its back end dies.
   var cares: [String: DeviceCare] = [:]
-  /// How each process but the core was started.
-  var knownLaunches: [String: (program: String, launch: ChildLaunch)] = [:]
-  /// Once our own walls stand.
-  var spawner: Spawner?
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false
@@ -105,10 +97,9 @@ package final class Supervisor {
       .system($0)
     }
     Signals.ignoreBrokenPipes()
-    guardian = try TerminalGuard(
+    guardian = TerminalGuard(
       title: "vm/\(configuration.name)",
-      usesTerminal: configuration.console == .tty || configuration.serial == .tty, walls: walls.mode)
-    userID = geteuid()
+      usesTerminal: configuration.console == .tty || configuration.serial == .tty)
   }
 
   /// Runs the VM to its end, cleans up, and gives the exit code.
@@ -127,10 +118,7 @@ package final class Supervisor {
     } catch { fail(error) }
     for process in processes { process.kill() }
     control = nil
-    // A guardian that was killed is stood in for.
-    if !guardian.restore() {
-      if let spawner { spawner.tidy() } else { guardian.tidy() }
-    }
+    guardian.restore()
     if let failure {
       if let message = failure.message { say(.error, message) }
       return failure.exitCode

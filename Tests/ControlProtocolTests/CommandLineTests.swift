@@ -65,6 +65,35 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(vm.generics[0].deviceType.rawValue == 26)
   }
 
+  @Test func entropyComesFromUrandomUnlessSaidOtherwise() throws {
+    #expect(try parse("--kernel", "k").entropy == nil)
+    #expect(try parse("--kernel", "k", "--rng", "on").entropy?.source == "/dev/urandom")
+    let vm = try parse("--kernel", "k", "--rng", "src=/dev/random,on-death=stop-vm")
+    #expect(vm.entropy?.source == "/dev/random")
+    #expect(vm.entropy?.id == "rng0")
+    #expect(vm.deathPolicy(of: "rng0").action == .stopVM)
+    #expect(vm.deviceCount == 2)
+    #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--rng", "on,src=/dev/random") }
+    #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--rng", "off") }
+    #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--rng", "on", "--rng", "on") }
+  }
+
+  @Test func fileSystemsHaveTagAndSocketOfTheirOwn() throws {
+    let vm = try parse("--kernel", "k", "--fs", "tag=home,socket=a", "tag=data,socket=b,num_queues=2,queue_size=256,id=d")
+    #expect(vm.fileSystems.map(\.id) == ["fs0", "d"])
+    #expect(vm.fileSystems[0].queueCount == 1 && vm.fileSystems[0].queueSize == 1024)
+    #expect(vm.fileSystems[1].queueCount == 2 && vm.fileSystems[1].queueSize == 256)
+    #expect(vm.externalSocket(of: "d") == "b")
+    for words in [
+      "tag=home", "socket=a", "tag=,socket=a", "tag=\(String(repeating: "x", count: 37)),socket=a",
+      "tag=a,socket=a,num_queues=256", "tag=a,socket=a,queue_size=100",
+    ] {
+      #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", words) }
+    }
+    #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", "tag=a,socket=a", "tag=a,socket=b") }
+    #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", "tag=a,socket=a", "tag=b,socket=a") }
+  }
+
   @Test(arguments: [
     ("tty", VMConfiguration.Terminal.tty), ("pty", .pty), ("null", .null), ("off", .off), ("file=/x", .file("/x")),
     ("socket=/s", .socket("/s")),

@@ -43,6 +43,24 @@ struct RecoveryTests {
     home.expectNothingLeft()
   }
 
+  @Test("The entropy device fills buffers, and goes on when its process is killed")
+  func entropy() throws {
+    let home = try WholeVM()
+    let vm = try home.start(["--cmdline", "test=rng n=100000", "--rng", "on", "--control", "ctl", "--serial", "file=serial.log"])
+    try home.waitUntilRunning()
+    #expect(try home.ctl("devices").output.contains("martlet-template"))
+    for round in 0..<2 {
+      let pid = try #require(home.processes["rng0"])
+      kill(pid, SIGKILL)
+      for _ in 0..<2000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round + 1 { usleep(5000) }
+    }
+    #expect(vm.wait(seconds: 60).code == 0, "\(vm.errorText.suffix(1000))")
+    #expect(serial(home).contains("MICRO done ok"), "\(serial(home).suffix(1000))")
+    #expect(serial(home).contains("rng.filled"))
+    #expect(vm.errorText.components(separatedBy: "served again").count == 3, "\(vm.errorText)")
+    home.expectNothingLeft()
+  }
+
   @Test("A process that dies too often is given up, and the VM lives")
   func crashLoop() throws {
     let home = try WholeVM()

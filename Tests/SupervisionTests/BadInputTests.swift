@@ -195,6 +195,15 @@ struct BadInputTests {
       home, result, 3, "Back end of blk0 does not accept at 'full.sock' in time; is it serving another VM?")
   }
 
+  @Test func aFileIsNoSourceOfRandomBytes() throws {
+    let home = try Installation()
+    expect(
+      home, try home.run("--rng", "src=disk.img"), 3,
+      "Cannot use source of --rng 'disk.img': it is not a character device such as /dev/urandom; name one")
+    expect(
+      home, try home.run("--rng", "src=none"), 3, "Cannot open source of --rng 'none': it does not exist; check the path")
+  }
+
   @Test func missingProgram() throws {
     let home = try Installation(programs: ["martlet-core", "martlet-console"])
     expect(

@@ -10,7 +10,7 @@ final class Installation: @unchecked Sendable {
 
   static let canRun = access("/dev/kvm", R_OK | W_OK) == 0 && BuiltPrograms.exists("martlet-fake")
 
-  init(programs: [String] = ["martlet-core", "martlet-block", "martlet-net", "martlet-console"]) throws {
+  init(programs: [String] = ["martlet-core", "martlet-block", "martlet-net", "martlet-console", "martlet-template"]) throws {
     directory = "/tmp/martlet-test-\(getpid())-\(UInt32.random(in: 0 ... .max))"
     let files = FileManager.default
     try files.createDirectory(atPath: directory, withIntermediateDirectories: true)

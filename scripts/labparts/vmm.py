@@ -48,6 +48,21 @@ class Card:
 
 
 @dataclass
+class Share:
+    """A directory behind a file system daemon that listens on `socket`."""
+    tag: str
+    socket: Path
+
+
+@dataclass
+class Generic:
+    """Any device behind a back end that listens on `socket`."""
+    socket: Path
+    device_type: str
+    queue_sizes: str
+
+
+@dataclass
 class Machine:
     """What a virtual machine consists of."""
     kernel: Path
@@ -57,6 +72,10 @@ class Machine:
     memory: str = "256M"
     disks: list = field(default_factory=list)
     cards: list = field(default_factory=list)
+    shares: list = field(default_factory=list)
+    generics: list = field(default_factory=list)
+    # True, or the socket of a back end (QEMU only; for Martlet that is a `Generic`).
+    rng: object = False
     no_reboot: bool = False
     # Where Martlet's console and serial port go; by default a terminal of this side's and the file `serial`.
     console: str = "tty"
@@ -87,6 +106,11 @@ class Martlet:
         for card in machine.cards:
             keys = f"vhost_user=on,socket={card.socket}" if card.socket else f"tap={card.tap}"
             words += ["--net", keys + (f",mac={card.mac}" if card.mac else "")]
+        for share in machine.shares:
+            words += ["--fs", f"tag={share.tag},socket={share.socket}"]
+        for one in machine.generics:
+            words += ["--generic-vhost-user", f"socket={one.socket},device_type={one.device_type},queue_sizes={one.queue_sizes}"]
+        words += ["--rng", "on"] if machine.rng else []
         words += ["--console", machine.console, "--serial", machine.serial or f"file={place / 'serial'}"]
         # Emulated and on a busy machine, loading a kernel takes longer than the few seconds that are patience enough elsewhere.
         words += ["--control", str(place / "control"), "--deadline", "ready=60000,reply=60000"]
@@ -133,6 +157,13 @@ class Qemu:
         if machine.initramfs:
             words += ["-initrd", str(machine.initramfs)]
         words += ["-no-reboot"] if machine.no_reboot else []
+        if isinstance(machine.rng, Path):
+            words += ["-chardev", f"socket,id=rng,path={machine.rng}", "-device", "vhost-user-rng-pci,chardev=rng"]
+        elif machine.rng:
+            words += ["-device", "virtio-rng-pci,disable-legacy=on"]
+        for number, share in enumerate(machine.shares):
+            words += ["-chardev", f"socket,id=fs{number},path={share.socket}",
+                      "-device", f"vhost-user-fs-pci,chardev=fs{number},tag={share.tag}"]
         for number, disk in enumerate(machine.disks):
             if disk.socket:
                 words += ["-chardev", f"socket,id=blk{number},path={disk.socket}",

@@ -23,7 +23,7 @@ void msix_mask(const struct msix *, u32 entry, bool masked);
 bool msix_pending(const struct msix *, u32 entry);
 
 // ---- virtio.c
-enum { VIRTIO_NET = 1, VIRTIO_BLK = 2, VIRTIO_CONSOLE = 3 };
+enum { VIRTIO_NET = 1, VIRTIO_BLK = 2, VIRTIO_CONSOLE = 3, VIRTIO_RNG = 4 };
 enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64, FAILED = 128 };
 #define F_INDIRECT (1ul << 28)
 #define F_EVENT_IDX (1ul << 29)

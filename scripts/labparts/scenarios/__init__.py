@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import vmm
-from ..vmm import Card, Disk, Failure, Machine, Skip
+from .. import kernel, vmm
+from ..vmm import Card, Disk, Failure, Generic, Machine, Share, Skip
 
 _scenarios = {}
 QUICK = "console=ttyS0 quiet mitigations=off"
@@ -35,7 +35,7 @@ def scenario(purpose, limit):
 
 def all_scenarios():
     """All scenarios by name, in the order of their files."""
-    from . import boot, disk, net, console, power, control, foreign  # noqa: F401
+    from . import boot, disk, net, console, power, control, foreign, devices  # noqa: F401
     return _scenarios
 
 
@@ -105,6 +105,12 @@ class Trial:
             parts["initramfs"] = self.initramfs(None if job is None else f". /checks.sh\n{job}\nfinish\n", files)
         return Machine(cmdline=cmdline, **parts)
 
+    def modules(self, *names):
+        """Kernel modules that only this scenario needs: the files for `machine`, and the lines of its job that load them."""
+        paths = kernel.from_package("linux-image-cloud-amd64").load_order(names)
+        return ({f"more-modules/{path.name}": path.read_bytes() for path in paths},
+                "".join(f"[ -e /modules/{path.name} ] || insmod /more-modules/{path.name}\n" for path in paths))
+
     # Running things
 
     def start(self, machine, on=None, prefix=()):
@@ -112,11 +118,12 @@ class Trial:
         self.running.append(running)
         return running
 
-    def program(self, words, ready=None):
+    def program(self, words, ready=None, pass_fds=()):
         """Another program of the scenario, such as a back end; waits until the file `ready` exists."""
         log = open(self.place / f"{Path(words[0]).name}.log", "ab")
         try:
-            process = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                       pass_fds=pass_fds)
         except FileNotFoundError:
             raise Skip(f"{words[0]} is not there")
         self._others.append(process)
