@@ -1,8 +1,17 @@
 """Our back ends under QEMU, and a foreign back end under our core."""
 
-from . import Card, Disk, Failure, Skip, scenario
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+
+from .. import vmm
+from . import Card, Disk, Failure, Skip, pattern, scenario
 from . import disk as disks
 from . import net
+
+TESTPMD = "/usr/bin/dpdk-testpmd"
 
 
 @scenario("QEMU as front end drives martlet-block: ext4 made, filled, checked, compared", 180)
@@ -45,3 +54,53 @@ def storage_daemon_serves(trial):
     job = disks.FILL.replace("$(disk fill)", "vda")
     result = trial.run(job, "mkfs mount umount fsck", 170, disks=[Disk(socket=socket)])
     disks.compare_files(image, result)
+
+
+@scenario("DPDK's virtio-user as front end drives martlet-net: frames go there and come back whole", 60)
+def virtio_user_drives_net(trial):
+    trial.only_martlet()
+    if not Path(TESTPMD).exists():
+        raise Skip("dpdk-testpmd is not there (Debian's dpdk-dev)")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = trial.place / "net.socket"
+    os.set_inheritable(theirs.fileno(), True)
+    card = trial.program([trial.options.bin / "martlet-net", f"--socket-path={path}", f"--packet-fd={theirs.fileno()}"], path,
+                         pass_fds=[theirs.fileno()])
+    for turn in range(2):
+        # The second time after the front end was killed.
+        front = trial.program([
+            TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"user{os.getpid()}", "--lcores", "0@0,1@1",
+            "--vdev", f"net_virtio_user0,path={path},queues=1,queue_size=256", "--", "--forward-mode=macswap", "--port-topology=loop",
+            "--stats-period", "3600", "--total-num-mbufs=8192"])
+        _frames_come_back(ours, front)
+        front.kill()
+        front.wait()
+    _ends_by_sigterm(card)
+
+
+def _frames_come_back(line, front):
+    """Sends frames with a virtio header each, and expects every one with its addresses swapped."""
+    line.settimeout(0.5)
+    there, here = bytes.fromhex("525400123456"), bytes.fromhex("020000000001")
+    deadline = time.monotonic() + 20 * vmm.patience
+    number = 0
+    while number < 500:
+        size = 46 + number * 37 % 1400
+        body = struct.pack(">HQ", 0x88B5, number) + pattern(f"frame {number}", size)
+        line.send(bytes(12) + there + here + body)
+        expected = here + there + body
+        while True:
+            try:
+                got = line.recv(65536)[12:]
+            except TimeoutError:
+                got = None
+            if got == expected:
+                number += 1
+                break
+            if front.poll() is not None or time.monotonic() > deadline:
+                raise Failure(f"frame {number} did not come back; the front end's code is {front.poll()}")
+            if got is None:
+                # Before the front end is up frames are dropped, as a network does.
+                if number:
+                    raise Failure(f"frame {number} of {size} bytes was lost")
+                line.send(bytes(12) + there + here + body)
