@@ -29,7 +29,7 @@ int clinux_landlock_abi(void) {
   return errno == ENOSYS || errno == EOPNOTSUPP ? 0 : -errno;
 }
 
-int clinux_landlock_restrict(int abi) {
+int clinux_landlock_restrict(int abi, int keeps_signals) {
   struct ruleset rules;
   memset(&rules, 0, sizeof rules);
   // LANDLOCK_ACCESS_FS_EXECUTE .. MAKE_SYM are bits 0 to 12; REFER, TRUNCATE and IOCTL_DEV came later.
@@ -38,7 +38,7 @@ int clinux_landlock_restrict(int abi) {
   if (abi >= 3) rules.file_system |= 1u << 14;
   if (abi >= 5) rules.file_system |= 1u << 15;
   if (abi >= 4) rules.network = 0x3;  // bind and connect TCP
-  if (abi >= 6) rules.scopes = 0x3;   // abstract Unix sockets, signals
+  if (abi >= 6) rules.scopes = keeps_signals ? 0x1 : 0x3;  // abstract Unix sockets, signals
   int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, sizeof rules, 0);
   if (fd < 0) return -errno;
   long result = syscall(SYS_landlock_restrict_self, fd, 0);

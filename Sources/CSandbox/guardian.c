@@ -1,62 +1,91 @@
 #define _GNU_SOURCE
 #include "guardian.h"
 
+#include <cap-ng.h>
 #include <clinux_title.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
+#include <linux/filter.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 enum { most_files = 16 };
 
-static void guard(const char *title, int pipe, int terminal, const struct termios *settings) __attribute__((noreturn));
+static void guard(const struct csandbox_guardian *guardian, int pipe) __attribute__((noreturn));
 
-static void guard(const char *title, int pipe, int terminal, const struct termios *settings) {
+// Its files lie in directories of whoever started the VM, and are root's when root did.
+static int drop_privileges(void) {
+  const unsigned needed[] = {CAP_DAC_OVERRIDE, CAP_FOWNER};
+  int has[sizeof needed / sizeof *needed];
+  capng_get_caps_process();
+  for (unsigned i = 0; i < sizeof needed / sizeof *needed; i++) has[i] = capng_have_capability(CAPNG_EFFECTIVE, needed[i]);
+  int may_clear_bounding = capng_have_capability(CAPNG_EFFECTIVE, CAP_SETPCAP);
+  capng_clear(CAPNG_SELECT_ALL);
+  for (unsigned i = 0; i < sizeof needed / sizeof *needed; i++)
+    if (has[i]) capng_update(CAPNG_ADD, CAPNG_EFFECTIVE | CAPNG_PERMITTED, needed[i]);
+  return capng_apply(may_clear_bounding ? CAPNG_SELECT_ALL : CAPNG_SELECT_CAPS | CAPNG_SELECT_AMBIENT);
+}
+
+// Nobody may use it instead of us. A guardian that cannot close itself in does not start.
+static void raise_walls(const struct csandbox_guardian *guardian) {
+  if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) _exit(1);
+  if (guardian->drops_privileges && drop_privileges() < 0) _exit(1);
+  struct sock_fprog program = {.len = guardian->filter_length, .filter = (struct sock_filter *)guardian->filter};
+  if (guardian->filter && syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) < 0) _exit(1);
+}
+
+static void guard(const struct csandbox_guardian *guardian, int pipe) {
   sigset_t all;
   sigfillset(&all);
   sigprocmask(SIG_SETMASK, &all, NULL);
   setsid();
-  clinux_set_title(title);
+  clinux_set_title(guardian->title);
   // 0 becomes the pipe, 1 the terminal; everything else goes, so that nobody waits for an end of file on our account.
+  int terminal = guardian->terminal;
   int high_pipe = fcntl(pipe, F_DUPFD, 3);
   int high_terminal = terminal >= 0 ? fcntl(terminal, F_DUPFD, 3) : -1;
   if (high_pipe < 0 || dup2(high_pipe, 0) < 0) _exit(1);
   unsigned first_closed = 1;
   if (high_terminal >= 0 && dup2(high_terminal, 1) == 1) first_closed = 2;
   syscall(SYS_close_range, first_closed, ~0u, 0);
+  raise_walls(guardian);
 
   struct csandbox_guarded files[most_files];
   int count = 0;
+  int is_complete = 0;
   for (;;) {
     struct csandbox_guarded file; // shorter than PIPE_BUF: written and read in one piece
     ssize_t got = read(0, &file, sizeof file);
     if (got < 0 && errno == EINTR) continue;
     if (got != (ssize_t)sizeof file) break;
     file.path[sizeof file.path - 1] = 0;
-    if (count < most_files) files[count++] = file;
+    if (file.path[0] == 0) is_complete = 1;
+    if (!is_complete && count < most_files) files[count++] = file;
   }
   for (int i = 0; i < count; i++) {
     struct stat now;
     if (lstat(files[i].path, &now) == 0 && now.st_dev == files[i].device && now.st_ino == files[i].inode)
       unlink(files[i].path);
   }
-  if (first_closed == 2) tcsetattr(1, TCSANOW, settings);
+  if (first_closed == 2) tcsetattr(1, TCSANOW, guardian->settings);
   _exit(0);
 }
 
-int csandbox_start_guardian(const char *title, int terminal, const struct termios *settings, int *pidfd, int *pipe) {
+int csandbox_start_guardian(const struct csandbox_guardian *guardian, int *pidfd, int *pipe) {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
   int handle = -1;
   struct clone_args arguments = {
       .flags = CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)&handle, .exit_signal = SIGCHLD};
   long pid = syscall(SYS_clone3, &arguments, sizeof arguments);
-  if (pid == 0) guard(title, ends[0], terminal, settings);
+  if (pid == 0) guard(guardian, ends[0]);
   int error = errno;
   close(ends[0]);
   if (pid < 0) {

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "csandbox.h"
+#include "confine.h"
 
 #include <cap-ng.h>
 #include <errno.h>
@@ -228,11 +229,13 @@ int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report
   int ends[2];
   if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) return -errno;
   int handle = -1;
-  struct parent parent = {.pid = getpid(), .uid = geteuid(), .gid = getegid()};
+  int is_sibling = (launch->namespaces & CLONE_PARENT) != 0;
+  struct parent parent = {.pid = is_sibling ? getppid() : getpid(), .uid = geteuid(), .gid = getegid()};
   struct clone_args arguments = {
       .flags = CLONE_PIDFD | launch->namespaces,
       .pidfd = (uint64_t)(uintptr_t)&handle,
-      .exit_signal = SIGCHLD,
+      // A sibling takes over the caller's.
+      .exit_signal = is_sibling ? 0 : SIGCHLD,
   };
   long pid = syscall(SYS_clone3, &arguments, sizeof arguments);
   if (pid == 0) child(launch, ends[1], parent);
@@ -246,3 +249,9 @@ int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report
   *report = ends[0];
   return (int)pid;
 }
+
+// For confine.c, which takes the same steps in a process that exists.
+int csandbox_map_user(uint32_t uid, uint32_t gid) { return map_user(uid, gid); }
+int csandbox_enter_empty_root(void) { return enter_empty_root(); }
+int csandbox_set_limit(int resource, uint64_t value) { return set_limit(resource, value); }
+int csandbox_has_capability(int number) { return has_effective_capability(number); }

@@ -83,12 +83,20 @@ public enum UnixSocket {
       result = unsafe clinux_unix_bind(fd.rawValue, path)
     }
     _ = try checked(result, "listen on \(path)")
-    if Glibc.listen(fd.rawValue, 16) < 0 { throw SystemError("listen on \(path)", Errno.current) }
+    if Glibc.listen(fd.rawValue, 16) < 0 {
+      let error = SystemError("listen on \(path)", Errno.current)
+      _ = unsafe unlink(path)
+      throw error
+    }
     return fd
   }
 
   private static func isStaleSocket(_ path: String, _ kind: Kind) -> Bool {
-    guard let probe = try? make(kind) else { return false }
+    // O_PATH and O_NOFOLLOW (asm-generic/fcntl.h): a link is not looked behind, and connecting to a file that is no socket is
+    // refused the same way as to a socket nobody listens at.
+    guard let file = try? OwnedFD.open(path, 0o10000000 | 0o400000), (try? file.status().kind) == .socket,
+      let probe = try? make(kind)
+    else { return false }
     return unsafe clinux_unix_connect(probe.rawValue, path) == -ECONNREFUSED
   }
 

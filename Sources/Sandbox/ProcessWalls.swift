@@ -32,12 +32,14 @@ package enum ProcessWalls {
 
   /// Takes every right over files, TCP ports, abstract sockets and other processes that Landlock knows. What is open stays
   /// usable. Before any thread exists: they inherit it.
-  package static func closeFiles(_ mode: WallMode) throws(SandboxError) {
+  /// - Parameter keepsSignals: for the supervisor, which ends the others. Landlock would also hold back the signal that they
+  ///   get when it dies.
+  package static func closeFiles(_ mode: WallMode, keepsSignals: Bool = false) throws(SandboxError) {
     guard mode != .off else { return }
     let level = clinux_landlock_abi()
     // The supervisor has said once that the host has none; `--hardened` ended there.
     guard level > 0 else { return }
-    try step(.landlock, clinux_landlock_restrict(level))
+    try step(.landlock, clinux_landlock_restrict(level, keepsSignals ? 1 : 0))
   }
 
   /// Leaves all threads the system calls of `lists`, for ever. Last: every thread must have said that it runs, because one
@@ -55,6 +57,12 @@ package enum ProcessWalls {
   /// `closeCalls` with rules of an author's own.
   package static func closeCalls(_ rules: [SystemCallRule], _ mode: WallMode) throws(SandboxError) {
     try install(rules, mode, allThreads: true)
+  }
+
+  /// The filter of `lists`, for a process that is not this program; nil when there is none to be had, or wanted.
+  package static func filter(_ lists: [SystemCallList], _ mode: WallMode) -> SystemCallFilter? {
+    guard mode != .off, clinux_seccomp_can_kill() == 1 else { return nil }
+    return SystemCallFilter(lists.flatMap(\.rules), refusal: mode == .log ? .log : .killProcess, processID: 0)
   }
 
   private static func install(

@@ -8,8 +8,10 @@ package enum SystemCallList: String, CaseIterable, Sendable {
   case console
   case core
   case device
+  case guardian
   case net
   case processor
+  case supervisor
 
   package var rules: [SystemCallRule] {
     switch self {
@@ -26,15 +28,14 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 233, reason: "epoll_ctl"),
         SystemCallRule(number: 5, reason: "fstat"),
         SystemCallRule(
-          number: 72, conditions: [.init(argument: 1, test: .anyOf([1, 2, 3, 1030, 1034]))], reason: "fcntl"),
+          number: 72, conditions: [.init(argument: 1, test: .anyOf([1030, 1034]))], reason: "fcntl"),
         SystemCallRule(
           number: 9, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mmap"),
         SystemCallRule(number: 11, reason: "munmap"),
         SystemCallRule(
           number: 10, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mprotect"),
-        SystemCallRule(number: 25, reason: "mremap"),
         SystemCallRule(
-          number: 28, conditions: [.init(argument: 2, test: .anyOf([4, 8, 16]))], reason: "madvise"),
+          number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 4))], reason: "madvise"),
         SystemCallRule(number: 12, reason: "brk"),
         SystemCallRule(number: 14, reason: "rt_sigprocmask"),
         SystemCallRule(number: 228, reason: "clock_gettime"),
@@ -95,6 +96,15 @@ package enum SystemCallList: String, CaseIterable, Sendable {
       [
         SystemCallRule(number: 292, reason: "dup3")
       ]
+    case .guardian:
+      [
+        SystemCallRule(number: 0, reason: "read"),
+        SystemCallRule(number: 262, reason: "newfstatat"),
+        SystemCallRule(number: 87, reason: "unlink"),
+        SystemCallRule(
+          number: 16, conditions: [.init(argument: 1, test: .anyOf([0x5401, 0x5402]))], reason: "ioctl"),
+        SystemCallRule(number: 231, reason: "exit_group"),
+      ]
     case .net:
       [
         SystemCallRule(number: 19, reason: "readv"),
@@ -127,12 +137,44 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 11, reason: "munmap"),
         SystemCallRule(
           number: 10, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mprotect"),
-        SystemCallRule(number: 25, reason: "mremap"),
         SystemCallRule(
-          number: 28, conditions: [.init(argument: 2, test: .anyOf([4, 8]))], reason: "madvise"),
+          number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 4))], reason: "madvise"),
         SystemCallRule(number: 12, reason: "brk"),
         SystemCallRule(number: 219, reason: "restart_syscall"),
         SystemCallRule(number: 60, reason: "exit"),
+        SystemCallRule(number: 231, reason: "exit_group"),
+      ]
+    case .supervisor:
+      [
+        SystemCallRule(number: 232, reason: "epoll_wait"),
+        SystemCallRule(number: 47, reason: "recvmsg"),
+        SystemCallRule(number: 0, reason: "read"),
+        SystemCallRule(number: 46, reason: "sendmsg"),
+        SystemCallRule(number: 1, reason: "write"),
+        SystemCallRule(number: 288, reason: "accept4"),
+        SystemCallRule(
+          number: 72, conditions: [.init(argument: 1, test: .anyOf([3, 4]))], reason: "fcntl"),
+        SystemCallRule(number: 233, reason: "epoll_ctl"),
+        SystemCallRule(number: 3, reason: "close"),
+        SystemCallRule(number: 293, reason: "pipe2"),
+        SystemCallRule(
+          number: 53, conditions: [.init(argument: 0, test: .masked(.max, equals: 1))], reason: "socketpair"),
+        SystemCallRule(
+          number: 247, conditions: [.init(argument: 0, test: .masked(.max, equals: 3))], reason: "waitid"),
+        SystemCallRule(
+          number: 424, conditions: [.init(argument: 3, test: .masked(.max, equals: 0))], reason: "pidfd_send_signal"),
+        SystemCallRule(number: 7, reason: "poll"),
+        SystemCallRule(number: 39, reason: "getpid"),
+        SystemCallRule(number: 228, reason: "clock_gettime"),
+        SystemCallRule(
+          number: 9, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mmap"),
+        SystemCallRule(number: 11, reason: "munmap"),
+        SystemCallRule(number: 12, reason: "brk"),
+        SystemCallRule(number: 14, reason: "rt_sigprocmask"),
+        SystemCallRule(number: 186, reason: "gettid"),
+        SystemCallRule(
+          number: 234, conditions: [.init(argument: 0, test: .ownProcess)], reason: "tgkill"),
+        SystemCallRule(number: 219, reason: "restart_syscall"),
         SystemCallRule(number: 231, reason: "exit_group"),
       ]
     }

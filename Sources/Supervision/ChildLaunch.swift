@@ -49,8 +49,9 @@ package struct ChildLaunch: Sendable {
 
   /// Starts the process and returns at once; whether exec succeeded is learnt from `StartedChild.poll`.
   /// Must be called on the main thread: the parent-death signal follows the thread that forked.
-  package func start(_ executable: borrowing OwnedFD) throws(SandboxError) -> StartedChild {
-    try start(executable.rawValue)
+  /// - Parameter asSibling: the new process is not our child but our parent's.
+  package func start(_ executable: borrowing OwnedFD, asSibling: Bool = false) throws(SandboxError) -> StartedChild {
+    try start(executable.rawValue, asSibling: asSibling)
   }
 
   /// Walks through all steps but exec and waits for the outcome: nil when they all work here.
@@ -61,7 +62,7 @@ package struct ChildLaunch: Sendable {
     return (stage, errno)
   }
 
-  private func start(_ executable: CInt) throws(SandboxError) -> StartedChild {
+  private func start(_ executable: CInt, asSibling: Bool = false) throws(SandboxError) -> StartedChild {
     precondition(descriptors.count <= Self.descriptorLimit, "No process is given more than 32 descriptors.")
     var pidfd: CInt = -1
     var report: CInt = -1
@@ -73,7 +74,7 @@ package struct ChildLaunch: Sendable {
           executable: executable, arguments: argv, descriptors: numbers.baseAddress,
           descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
           gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
-          namespaces: namespaces.rawValue, parent_death_signal: parentDeathSignal)
+          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal)
         return unsafe csandbox_start(&launch, &pidfd, &report)
       }
     }

@@ -5,6 +5,8 @@ import HostSystem
 /// The programs of Martlet, found beside the one that is running.
 package struct Programs: ~Copyable {
   package let directory: String
+  /// The directory's descriptor.
+  var number: CInt { fd.rawValue }
   private let fd: OwnedFD
 
   package init() throws(SupervisionError) {

@@ -105,7 +105,7 @@ extension Supervisor {
     return [
       .init("id", .string(process.id)), .init("program", .string(process.program)),
       .init("pid", .unsigned(UInt64(process.processID))),
-      .init("uid", .unsigned(UInt64(process.identity?.uid ?? geteuid()))), .init("process", .string(state)),
+      .init("uid", .unsigned(UInt64(process.identity?.uid ?? userID))), .init("process", .string(state)),
       .init("ready_ns", ready.map { .unsigned($0) } ?? .null),
     ]
   }

@@ -12,6 +12,9 @@ extension Supervisor {
     case .launchReport(let index): try handleLaunchReport(index)
     case .ready(let index): try handleReady(index)
     case .processEnd(let index): try handleEnd(index)
+    case .spawnerEnd:
+      if let spawner { loop.remove(number: spawner.endNumber) }
+      if phase == .running { say(.warning, "The spawner has ended; device processes that die are not started again") }
     case .controlListener: acceptClients()
     case .client(let id): handleClient(id)
     case .escapeKey(let index): handleEscapeKey(index)

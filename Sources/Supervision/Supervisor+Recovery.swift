@@ -1,4 +1,5 @@
 import ControlProtocol
+import Glibc
 import HostSystem
 import Sandbox
 
@@ -91,17 +92,15 @@ extension Supervisor {
     do throws(SupervisionError) {
       switch care.kind {
       case .external(let path):
-        guard let socket = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) else {
+        guard let socket = connectAgain(care.id, path) else {
           care.step = .due(now.advanced(by: DeviceCare.connectInterval))
           return
         }
-        try reattach(care, FDBox(socket))
+        try reattach(care, socket)
       case .program(let program, let arguments, let isOnTerminal):
         var resources = care.resources
         if let image = care.image {
-          guard
-            let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: care.id, sameAs: image.status)
-          else {
+          guard let fd = try openAgain(care.id, image) else {
             guard now < fenceUntil else {
               return giveUp(
                 care, "Writes of the dead process of \(care.id) do not end; nothing is done again, and the device needs a reset")
@@ -109,14 +108,15 @@ extension Supervisor {
             care.step = .fencing(now.advanced(by: DeviceCare.fenceInterval), until: fenceUntil)
             return
           }
-          resources = [FDBox(fd)]
+          resources = [fd]
         }
         defer { if care.image != nil { for resource in resources { resource.close() } } }
         guard let dead = processes.firstIndex(where: { $0.id == care.id }) else { return }
         let pair = try Self.pair(.stream)
-        let null = try HostFiles.null()
+        let null = spawner == nil ? try HostFiles.null().release() : -1
+        defer { if null >= 0 { close(null) } }
         _ = try startBackEnd(
-          care.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
+          care.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null: null,
           queueCount: reports[care.id]?.queues.count ?? 1, isOnTerminal: isOnTerminal, inPlaceOf: dead)
         care.socket = FDBox(pair.first)
         care.step = .starting(since: now)

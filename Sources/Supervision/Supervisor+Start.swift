@@ -106,7 +106,7 @@ extension Supervisor {
     case .program(let program, let arguments, let resources, let isOnTerminal):
       let pair = try Self.pair(.stream)
       let index = try startBackEnd(
-        device.assignment.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null,
+        device.assignment.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null: null.rawValue,
         queueCount: device.assignment.queueSizes.count, isOnTerminal: isOnTerminal)
       cares[device.assignment.id]?.started(resources)
       waitingSockets[index] = (device.assignment, FDBox(pair.first))
@@ -122,18 +122,21 @@ extension Supervisor {
   }
 
   func startSerial(_ plan: TerminalPlan, _ socket: FDBox) throws(SupervisionError) {
+    let null = try HostFiles.null()
     _ = try startBackEnd(
       VMConfiguration.Reserved.serial, "martlet-console", ["--stream-fd=3"] + plan.arguments, socket: socket.number,
-      plan.resources, try HostFiles.null(), isOnTerminal: plan.isOnTerminal)
+      plan.resources, null: null.rawValue, isOnTerminal: plan.isOnTerminal)
     for resource in plan.resources { resource.close() }
     socket.close()
   }
 
   /// Starts a device program. Our copies of its resources are the caller's to close.
-  /// - Parameter dead: the process whose place it takes.
+  /// - Parameters:
+  ///   - null: /dev/null; -1 behind our walls, where the spawner has it.
+  ///   - dead: the process whose place it takes.
   func startBackEnd(
     _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
-    _ null: borrowing OwnedFD, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil
+    null: CInt, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil
   ) throws(SupervisionError) -> Int {
     let threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
     var ends: [CInt] = [-1, -1]
@@ -153,7 +156,7 @@ extension Supervisor {
     }
     let launch = ChildLaunch(
       arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
-      descriptors: [null.rawValue, null.rawValue, 2, socket, writing.rawValue] + resources.map(\.number),
+      descriptors: [null, null, 2, socket, writing.rawValue] + resources.map(\.number),
       identity: dead.map { processes[$0].identity } ?? identities.next(), fileLimit: Self.deviceFileLimit,
       parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL, namespaces: walls.namespaces, threadLimit: threadLimit)
     let index = try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal, inPlaceOf: dead)
@@ -171,10 +174,12 @@ extension Supervisor {
     _ id: String, _ program: String, _ launch: ChildLaunch, readyPipe: consuming OwnedFD?, isOnTerminal: Bool,
     inPlaceOf dead: Int? = nil
   ) throws(SupervisionError) -> Int {
-    let executable = try programs.open(program)
     let child: StartedChild
-    do { child = try launch.start(executable) } catch {
-      throw .launch(error.message + (walls.mode == .off ? "" : Stage.fork.remedy))
+    if let spawner {
+      child = try spawner.start(id, Array(launch.descriptors.dropFirst(Spawner.ownDescriptors)))
+    } else {
+      child = try start(launch, program)
+      knownLaunches[id] = (program, launch)
     }
     let process = VMProcess(
       id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
@@ -185,6 +190,18 @@ extension Supervisor {
     try watch(process.endNumber, .processEnd(index))
     if let number = process.readyNumber { try watch(number, .ready(index)) }
     return index
+  }
+
+  /// The start itself: here before our own walls stand, afterwards in the spawner.
+  func start(_ launch: ChildLaunch, _ program: String, asSibling: Bool = false) throws(SupervisionError) -> StartedChild {
+    let executable =
+      switch programs {
+      case .some(let programs): try programs.open(program)
+      case .none: throw .program(name: program, directory: "", .noEntry)
+      }
+    do { return try launch.start(executable, asSibling: asSibling) } catch {
+      throw .launch(error.message + (walls.mode == .off ? "" : Stage.fork.remedy))
+    }
   }
 
   static func pair(_ kind: UnixSocket.Kind) throws(SupervisionError) -> SocketPair {
@@ -219,6 +236,8 @@ extension Supervisor {
     try startNext()
     guard guestHasStarted, launches.isEmpty, processes.allSatisfy({ $0.state == .ready }) else { return }
     phase = .running
+    // Not before: the guest waits for its devices, and they wait for us.
+    try raiseWalls()
   }
 
   /// The guest has ended before everything was started: only its last words on the serial port still need somebody.

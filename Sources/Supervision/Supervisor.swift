@@ -18,6 +18,7 @@ package final class Supervisor {
     case launchReport(Int)
     case ready(Int)
     case processEnd(Int)
+    case spawnerEnd
     /// The line on which a console process tells of the escape key.
     case escapeKey(Int)
   }
@@ -41,7 +42,10 @@ package final class Supervisor {
   }
 
   let configuration: VMConfiguration
-  let programs: Programs
+  /// Until our own walls stand.
+  var programs: Programs?
+  /// Under which uid the VM was started.
+  let userID: UInt32
   var identities: Identities
   /// What the processes are walled in with.
   let walls: Walls
@@ -61,6 +65,10 @@ package final class Supervisor {
   var escapeLines: [Int: FDBox] = [:]
   /// What is known of every device for the day its back end dies.
   var cares: [String: DeviceCare] = [:]
+  /// How each process but the core was started.
+  var knownLaunches: [String: (program: String, launch: ChildLaunch)] = [:]
+  /// Once our own walls stand.
+  var spawner: Spawner?
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false
@@ -97,9 +105,10 @@ package final class Supervisor {
       .system($0)
     }
     Signals.ignoreBrokenPipes()
-    guardian = TerminalGuard(
+    guardian = try TerminalGuard(
       title: "vm/\(configuration.name)",
-      usesTerminal: configuration.console == .tty || configuration.serial == .tty)
+      usesTerminal: configuration.console == .tty || configuration.serial == .tty, walls: walls.mode)
+    userID = geteuid()
   }
 
   /// Runs the VM to its end, cleans up, and gives the exit code.
@@ -118,7 +127,10 @@ package final class Supervisor {
     } catch { fail(error) }
     for process in processes { process.kill() }
     control = nil
-    guardian.restore()
+    // A guardian that was killed is stood in for.
+    if !guardian.restore() {
+      if let spawner { spawner.tidy() } else { guardian.tidy() }
+    }
     if let failure {
       if let message = failure.message { say(.error, message) }
       return failure.exitCode

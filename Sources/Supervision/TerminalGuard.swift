@@ -4,8 +4,8 @@ import Glibc
 import HostSystem
 import Sandbox
 
-/// What must be put right at the end, whatever dies: the terminal's settings and the socket files we have made. While
-/// we live we do it ourselves; a guardian process does it should we be killed.
+/// What must be put right at the end, whatever dies: the terminal's settings and the socket files we have made. A guardian
+/// process does it, when we ask or when we are killed.
 final class TerminalGuard {
   private var settings = termios()
   /// Descriptor of the terminal whose settings were saved, or -1.
@@ -18,22 +18,27 @@ final class TerminalGuard {
   /// Descriptors whose description we share with the shell and made non-blocking.
   private var madeNonBlocking: [CInt] = []
 
-  /// - Parameter usesTerminal: a console or the serial port is on our terminal.
-  init(title: String, usesTerminal: Bool) {
+  private let walls: WallMode
+
+  /// - Parameters:
+  ///   - usesTerminal: a console or the serial port is on our terminal.
+  ///   - walls: how the guardian is closed in.
+  init(title: String, usesTerminal: Bool, walls: WallMode) throws(SupervisionError) {
     self.title = title
+    self.walls = walls
     // Putting the settings back from the background must not stop us.
     _ = signal(SIGTTOU, SIG_IGN)
     // SAFETY: `settings` is ours and alive for the call.
     let isTerminal = unsafe tcgetattr(0, &settings) == 0
     terminal = usesTerminal && isTerminal ? 0 : -1
-    if terminal >= 0 { startGuardian() }
+    if terminal >= 0 { try startGuardian() }
   }
 
   var isOnTerminal: Bool { terminal >= 0 }
 
   /// Listens at `path` and remembers to unlink it.
   func listen(at path: String, option: String) throws(SupervisionError) -> OwnedFD {
-    if !hasGuardian { startGuardian() }
+    if !hasGuardian { try startGuardian() }
     do {
       let fd = try UnixSocket.listen(at: path)
       try remember(path)
@@ -66,32 +71,72 @@ final class TerminalGuard {
     let fd = try OwnedFD.open(path, pathOnly | noFollow)
     let status = try fd.status()
     files.append((path, status))
+    tell(device: status.device, inode: status.inode, path: path)
+  }
+
+  private func tell(device: UInt64, inode: UInt64, path: String) {
     var bytes: [UInt8] = []
-    for number in [status.device, status.inode] {
+    for number in [device, inode] {
       for shift in stride(from: 0, to: 64, by: 8) { bytes.append(UInt8(truncatingIfNeeded: number >> UInt64(shift))) }
     }
     bytes.append(contentsOf: path.utf8.prefix(107))
     bytes.append(contentsOf: repeatElement(0, count: MemoryLayout<csandbox_guarded>.stride - bytes.count))
-    // A guardian that is gone leaves us to clean up alone.
+    // A guardian that is gone has left its work undone; nothing else depends on it.
     switch pipe {
     case .some(let pipe): try? pipe.writeAll(bytes)
     case .none: break
     }
   }
 
-  private func startGuardian() {
+  /// No file is added to the guardian's list any more, whoever asks.
+  func seal() { tell(device: 0, inode: 0, path: "") }
+
+  private func startGuardian() throws(SupervisionError) {
     var pidfd: CInt = -1
     var end: CInt = -1
-    // SAFETY: title and settings live for the call; the child works on its own copy of memory.
-    let pid = unsafe csandbox_start_guardian("\(title)/guardian", terminal, &settings, &pidfd, &end)
-    guard pid > 0 else { return }
+    let filter = ProcessWalls.filter([.guardian], walls)
+    let text = Array("\(title)/guardian".utf8CString)
+    // SAFETY: title, settings and filter live for the call; the child works on its own copy of memory. `Instruction` has the
+    // layout of struct sock_filter.
+    let pid = unsafe text.withUnsafeBufferPointer { name in
+      unsafe withUnsafePointer(to: &settings) { settings in
+        unsafe (filter?.instructions ?? []).withUnsafeBytes { program in
+          var guardian = unsafe csandbox_guardian(
+            title: name.baseAddress, terminal: terminal, settings: settings, filter: filter == nil ? nil : program.baseAddress,
+            filter_length: UInt16(filter?.instructions.count ?? 0), drops_privileges: walls == .off ? 0 : 1)
+          return unsafe csandbox_start_guardian(&guardian, &pidfd, &end)
+        }
+      }
+    }
+    guard pid > 0 else { throw .system(SystemError("start the guardian process", Errno(-pid))) }
     hasGuardian = true
     guardian = ProcessHandle(processID: pid, adopting: OwnedFD(owning: pidfd))
     pipe = OwnedFD(owning: end)
   }
 
-  /// Puts everything right; idempotent.
-  func restore() {
+  /// What a hung file system may cost us.
+  private static let patience = Duration.seconds(2)
+
+  /// Puts everything right; idempotent. Files and terminal are the guardian's, because we may have walls around us.
+  /// - Returns: false when there was no guardian any more to do its part.
+  func restore() -> Bool {
+    for number in madeNonBlocking {
+      let flags = clinux_fcntl(number, F_GETFL, 0)
+      if flags >= 0 { _ = clinux_fcntl(number, F_SETFL, CLong(flags & ~O_NONBLOCK)) }
+    }
+    madeNonBlocking = []
+    // The end of the pipe is its order.
+    _ = pipe.take()
+    switch guardian.take() {
+    case .some(let process):
+      if (try? process.fd.waitUntil(.readable, timeout: Self.patience)) != true { process.signal(SIGKILL) }
+      return process.waitForEnd() == .exited(code: 0)
+    case .none: return true
+    }
+  }
+
+  /// The guardian's part, for a process that may open files.
+  func tidy() {
     for file in files {
       // Only while it is still ours.
       guard let fd = try? OwnedFD.open(file.path, pathOnly | noFollow), let now = try? fd.status(),
@@ -100,22 +145,9 @@ final class TerminalGuard {
       // SAFETY: the path is a NUL-terminated copy that lives for the call.
       _ = unsafe unlink(file.path)
     }
-    files = []
-    for number in madeNonBlocking {
-      let flags = clinux_fcntl(number, F_GETFL, 0)
-      if flags >= 0 { _ = clinux_fcntl(number, F_SETFL, CLong(flags & ~O_NONBLOCK)) }
-    }
-    madeNonBlocking = []
     if terminal >= 0 {
       // SAFETY: `settings` was filled in `init`.
       _ = unsafe tcsetattr(terminal, TCSANOW, &settings)
     }
-    switch guardian.take() {
-    case .some(let process):
-      process.signal(SIGKILL)
-      _ = process.waitForEnd()
-    case .none: break
-    }
-    _ = pipe.take()
   }
 }

@@ -91,7 +91,7 @@ struct MicroSystemCallTests {
     #expect(ready)
     usleep(700_000)
     let processes = vm.processes
-    #expect(Set(processes.keys) == ["supervisor", "guardian", "core", "blk0", "con0", "serial"])
+    #expect(Set(processes.keys) == ["supervisor", "guardian", "spawner", "core", "blk0", "con0", "serial"])
     var before: [String: String] = [:]
     for pid in processes.values { before.merge(try turns(pid)) { old, _ in old } }
     usleep(1_100_000)

@@ -79,13 +79,13 @@ struct ProcessTests {
     "--serial", "file=serial.log",
   ]
 
-  @Test(arguments: ["supervisor", "core", "blk0", "con0", "serial", "guardian"])
+  @Test(arguments: ["supervisor", "core", "blk0", "con0", "serial", "guardian", "spawner"])
   func whateverIsKilledNothingIsLeft(_ victim: String) throws {
     let home = try WholeVM()
     let vm = try home.start(Self.running)
     try home.waitUntilRunning()
     let processes = home.processes
-    #expect(Set(processes.keys) == ["supervisor", "core", "blk0", "con0", "serial", "guardian"])
+    #expect(Set(processes.keys) == ["supervisor", "core", "blk0", "con0", "serial", "guardian", "spawner"])
     kill(try #require(processes[victim]), SIGKILL)
     switch victim {
     case "supervisor": #expect(vm.wait().signal == SIGKILL)

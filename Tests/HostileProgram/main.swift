@@ -24,6 +24,12 @@ let arguments = OwnProgram.arguments
 let lists = (value("lists") ?? "").split(separator: ",").compactMap { SystemCallList(rawValue: String($0)) }
 let victim = CInt(value("victim") ?? "") ?? 1
 let rules = lists.flatMap(\.rules)
+/// With what the stand-in itself needs to tell, and to end.
+let installed =
+  rules
+  + ["write", "exit_group"].compactMap(SystemCall.number).filter { number in
+    !rules.contains { $0.number == number }
+  }.map { SystemCallRule(number: $0, reason: "the report") }
 
 if value("what") == "without" { executeWithout() }
 
@@ -58,7 +64,7 @@ func behindTheFilter(_ body: () -> Int) -> Outcome {
   let child = attack_fork()
   if child == 0 {
     if !rules.isEmpty {
-      do { try ProcessWalls.closeCalls(rules, .on) } catch { _exit(99) }
+      do { try ProcessWalls.closeCalls(installed, .on) } catch { _exit(99) }
     }
     var result = body()
     // SAFETY: eight bytes of ours.
@@ -97,7 +103,7 @@ func attack() {
 }
 
 func sweep() {
-  let allowed = Set(rules.map(\.number))
+  let allowed = Set(installed.map(\.number))
   // uretprobe and uprobe: the kernel lets them past every filter (Linux 6.11 and 6.14), and they work from its own
   // trampolines only.
   let exempt: Set<UInt32> = [335, 336]

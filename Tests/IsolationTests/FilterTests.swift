@@ -9,6 +9,8 @@ struct FilterTests {
   /// Attacks that a role's own work needs the call for. The core gives guest memory back itself.
   private static let allowed: [String: [String: String]] = [
     "core": ["punch_memory": "got 0"], "block-calls": ["punch_memory": "got 0"],
+    // Its control clients' sockets do not block; the core's end of a shared description is not among what it holds.
+    "supervisor": ["make_blocking": "got 0"],
   ]
 
   @Test(arguments: Hostile.roles.map(\.name))

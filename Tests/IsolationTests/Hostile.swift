@@ -13,6 +13,7 @@ struct Hostile {
   static let roles: [(name: String, lists: [SystemCallList])] = [
     ("block", [.base, .device, .block]), ("block-calls", [.base, .device, .blockCalls]), ("net", [.base, .device, .net]),
     ("console", [.base, .device, .console]), ("core", [.base, .core]), ("processor", [.processor]),
+    ("supervisor", [.supervisor]), ("guardian", [.guardian]),
   ]
 
   /// Each attack with how it ended: "killed 31", or "got N".

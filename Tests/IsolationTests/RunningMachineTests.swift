@@ -72,11 +72,73 @@ import Testing
     return links
   }
 
-  @Test(.enabled(if: canRun && geteuid() == 0 && Hostile.host.lacks.isEmpty, "Needs KVM, root, the programs and the full walls."))
+  /// What one process of the running VM is to have.
+  private struct Declared {
+    var capabilities = "0000000000000000"
+    var filters = 1
+    /// Kinds of namespaces that are not its own.
+    var shared: Set<String> = ["user"]
+    var hasOwnRoot = true
+    var limits: [String: UInt64] = [:]
+    /// What its descriptors lead to, each with how many.
+    var files: [String: Int]
+    /// What is mapped besides its own program, its heap and its stack.
+    var maps: Set<String> = []
+  }
+
+  /// A VM with a disk, a card, two consoles and two processors.
+  private static let declared: [String: Declared] = [
+    "core": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 16384, "processes": 18],
+      files: [
+        "null": 2, "pipe": 1, "socket": 7, "[eventpoll]": 1, "[timerfd]": 1, "[eventfd]": 14, "micro.elf": 1,
+        "memfd:martlet-guest (deleted)": 2, "kvm-vm": 1, "kvm-vcpu:0": 1, "kvm-vcpu:1": 1,
+      ], maps: ["memfd:martlet-guest (deleted)", "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:1"]),
+    "blk0": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 49],
+      files: [
+        "null": 2, "pipe": 1, "socket": 2, "disk.img": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 6, "[io_uring]": 1,
+        "memfd:inflight (deleted)": 1,
+      ], maps: ["anon_inode:[io_uring]", "memfd:inflight (deleted)"]),
+    "net0": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
+      files: [
+        "null": 2, "pipe": 1, "socket": 1, "tun": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 7, "memfd:inflight (deleted)": 1,
+      ], maps: ["memfd:inflight (deleted)"]),
+    "con0": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
+      files: [
+        "null": 2, "pipe": 1, "socket": 2, "[signalfd]": 1, "[eventpoll]": 1, "[timerfd]": 1, "[eventfd]": 7,
+        "memfd:inflight (deleted)": 1,
+      ], maps: ["memfd:inflight (deleted)"]),
+    "serial": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 49],
+      files: ["null": 2, "pipe": 1, "socket": 1, "log": 1, "[signalfd]": 1, "[eventpoll]": 1, "[timerfd]": 1]),
+    // In the pid namespace it was started in; it ends the others (CAP_KILL).
+    "supervisor": Declared(
+      capabilities: "0000000000000020", shared: ["user", "pid"],
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 256, "processes": 0],
+      files: [:]),
+    // Unlinks files of the host (CAP_DAC_OVERRIDE, CAP_FOWNER).
+    "guardian": Declared(
+      capabilities: "000000000000000a", shared: ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"], hasOwnRoot: false,
+      files: ["pipe": 1]),
+  ]
+
+  @Test(
+    .enabled(
+      if: canRun && BuiltPrograms.exists("martlet-net") && geteuid() == 0 && Hostile.host.lacks.isEmpty,
+      "Needs KVM, root, the programs and the full walls."))
   func everyProcessAndThreadIsAsDeclared() throws {
     let directory = "/tmp/martlet-walls-\(getpid())"
     defer { try? FileManager.default.removeItem(atPath: directory) }
-    let vm = try start(directory, ["--hardened"])
+    try Self.prepare(directory)
+    // In a network namespace with a tap of its own.
+    let script = "ip tuntap add audit0 mode tap && ip link set audit0 up && exec \"$@\""
+    let vm = try RunningProgram(
+      "/usr/bin/unshare",
+      ["--net", "/bin/sh", "-c", script, "sh", BuiltPrograms.path("martlet")]
+        + Self.command(directory, "test=idle ms=60000") + ["--net", "tap=audit0", "--hardened"], directory: directory)
     defer {
       vm.signal(SIGTERM)
       _ = vm.wait()
@@ -88,29 +150,32 @@ import Testing
       usleep(20_000)
     }
     let processes = processes()
-    try #require(Set(processes.keys) == ["supervisor", "guardian", "core", "blk0", "con0", "serial"], "\(vm.errorText)")
+    try #require(Set(processes.keys) == Set(Self.declared.keys).union(["spawner"]), "\(vm.errorText)")
     let own = namespaces(getpid())
     var uids: Set<String> = []
     var seen: [String: Set<String>] = [:]
-    for name in ["core", "blk0", "con0", "serial"] {
+    for (name, declared) in Self.declared {
       let pid = try #require(processes[name])
-      let tasks = try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/task")
-      // Every thread, because filters and Landlock belong to threads.
-      for task in tasks {
+      // Every thread, because ids, capabilities, filters and Landlock belong to threads.
+      for task in try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/task") {
         let fields = status("/proc/\(pid)/task/\(task)/status")
         let who = "\(name), thread \(fields["Name"] ?? task)"
-        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] { #expect(fields[set] == "0000000000000000", "\(set) of \(who)") }
-        #expect(fields["Groups"] == "", "\(who)")
+        for set in ["CapInh", "CapBnd", "CapAmb"] { #expect(fields[set] == "0000000000000000", "\(set) of \(who)") }
+        for set in ["CapPrm", "CapEff"] { #expect(fields[set] == declared.capabilities, "\(set) of \(who)") }
+        #expect(fields["Groups"] == "" || name == "guardian", "\(who)")
         #expect(fields["NoNewPrivs"] == "1", "\(who)")
         #expect(fields["Seccomp"] == "2", "\(who)")
-        #expect(fields["Seccomp_filters"] == "1", "\(who)")
-        uids.insert(fields["Uid"] ?? "")
-        #expect(fields["NSpid"]?.split(separator: " ").count == 2, "\(who)")
+        #expect(fields["Seccomp_filters"] == "\(declared.filters)", "\(who)")
+        let ids = Set((fields["Uid"] ?? "").split(separator: " ") + (fields["Gid"] ?? "").split(separator: " "))
+        #expect(ids.count == 1, "\(who): one id for all eight: \(ids)")
+        #expect(fields["NSpid"]?.split(separator: " ").count == (declared.shared.contains("pid") ? 1 : 2), "\(who)")
       }
-      #expect(status("/proc/\(pid)/status")["NSpid"]?.hasSuffix(" 1") == true)
+      if name != "guardian" { #expect(uids.insert(status("/proc/\(pid)/status")["Uid"] ?? "").inserted, "\(name) shares its uid") }
+      if !declared.shared.contains("pid") { #expect(status("/proc/\(pid)/status")["NSpid"]?.hasSuffix(" 1") == true) }
       for (kind, link) in namespaces(pid) {
-        if kind == "user" {
-          #expect(link == own[kind])
+        if declared.shared.contains(kind) {
+          // The test's own, but for the network of the VM's starter.
+          if kind != "net" { #expect(link == own[kind], "\(kind) of \(name)") }
         } else {
           #expect(link != own[kind], "\(kind) of \(name)")
           #expect(seen[kind, default: []].insert(link).inserted, "\(kind) of \(name) is shared")
@@ -119,32 +184,63 @@ import Testing
       // Not dumpable: the files of its directory belong to root, whatever its uid.
       var facts = stat()
       #expect(stat("/proc/\(pid)/environ", &facts) == 0 && facts.st_uid == 0, "\(name)")
-      #expect(try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/root/").isEmpty, "\(name)")
-      let mounts = String(decoding: FileManager.default.contents(atPath: "/proc/\(pid)/mounts") ?? Data(), as: UTF8.self)
-      #expect(mounts.split(separator: "\n").count == 1 && mounts.contains(" / tmpfs ro,nosuid,nodev,noexec"), "\(name): \(mounts)")
+      if declared.hasOwnRoot {
+        #expect(try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/root/").isEmpty, "\(name)")
+        #expect(try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(pid)/cwd") == "/", "\(name)")
+        let mounts = String(decoding: FileManager.default.contents(atPath: "/proc/\(pid)/mounts") ?? Data(), as: UTF8.self)
+        #expect(mounts.split(separator: "\n").count == 1 && mounts.contains(" / tmpfs ro,nosuid,nodev,noexec"), "\(name): \(mounts)")
+      }
       let limits = String(decoding: FileManager.default.contents(atPath: "/proc/\(pid)/limits") ?? Data(), as: UTF8.self)
-      #expect(limits.contains(#/Max core file size +0 +0 /#) && limits.contains(#/Max msgqueue size +0 +0 /#), "\(name)")
+      for (limit, value) in declared.limits {
+        let line = try #require(limits.split(separator: "\n").first { $0.hasPrefix("Max \(limit) ") })
+        #expect(line.contains(try Regex(" \(value) +\(value) ")), "\(name): \(line)")
+      }
+      checkMaps(name, pid, declared.maps)
+      if name != "supervisor" { #expect(files(pid) == declared.files, "\(name)") }
     }
-    #expect(uids.count == 4 && !uids.contains { $0.hasPrefix("0 ") })
+    // Each was executed anew, so no address of one says anything about another's.
+    let bases = Self.declared.keys.filter { $0 != "guardian" }.compactMap { name in
+      processes[name].flatMap { FileManager.default.contents(atPath: "/proc/\($0)/maps") }.map {
+        String(decoding: $0.prefix(12), as: UTF8.self)
+      }
+    }
+    #expect(Set(bases).count == Self.declared.count - 1, "\(bases)")
+    #expect(!uids.contains { $0.hasPrefix("0 ") || $0.contains(" 0 ") })
 
-    // Descriptors. /dev/kvm is closed, guest memory is open in the core alone.
-    let core = files(try #require(processes["core"]))
+    // The supervisor: its standard descriptors, its loop, and one pidfd for each process of the VM.
+    let supervisor = files(try #require(processes["supervisor"]))
+    let pidfds = supervisor.filter { $0.key.contains("pidfd") }.values.reduce(0, +)
+    #expect(pidfds == Self.declared.count, "all but itself, and the spawner: \(supervisor)")
     #expect(
-      Set(core.keys) == [
-        "null", "pipe", "socket", "[eventpoll]", "[timerfd]", "[eventfd]", "micro.elf", "memfd:martlet-guest (deleted)", "kvm-vm",
-        "kvm-vcpu:0", "kvm-vcpu:1",
-      ])
-    #expect(
-      files(try #require(processes["blk0"]))
-        == [
-          "null": 2, "pipe": 1, "socket": 2, "disk.img": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 6, "[io_uring]": 1,
-        ])
-    #expect(
-      Set(files(try #require(processes["con0"])).keys) == ["null", "pipe", "socket", "[signalfd]", "[eventpoll]", "[timerfd]", "[eventfd]"])
-    #expect(
-      Set(files(try #require(processes["serial"])).keys).isSubset(of: [
-        "null", "pipe", "socket", "[signalfd]", "[eventpoll]", "log", "[timerfd]", "[eventfd]",
-      ]))
+      supervisor.filter { !$0.key.contains("pidfd") }
+        == ["null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1], "\(supervisor)")
+
+    // The spawner: walls would be its children's. It has what a launch needs, and its order line.
+    let spawner = try #require(processes["spawner"])
+    #expect(status("/proc/\(spawner)/status")["NoNewPrivs"] == "1")
+    #expect(files(spawner) == ["null": 1, "pipe": 1, "socket": 1, "release": 1], "\(files(spawner))")
+    checkMaps("spawner", spawner, [])
+    var facts = stat()
+    #expect(stat("/proc/\(spawner)/environ", &facts) == 0 && facts.st_uid == 0)
+  }
+
+  /// No page is writable and executable; nothing is mapped but the program itself, anonymous memory and `allowed`.
+  private func checkMaps(_ name: String, _ pid: Int32, _ allowed: Set<String>) {
+    let program = try? FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(pid)/exe")
+    let maps = String(decoding: FileManager.default.contents(atPath: "/proc/\(pid)/maps") ?? Data(), as: UTF8.self)
+    #expect(maps.contains("[stack]"), "the maps of \(name) can be read")
+    var found: Set<String> = []
+    for line in maps.split(separator: "\n") {
+      let words = line.split(separator: " ", maxSplits: 5)
+      #expect(!(words[1].contains("w") && words[1].contains("x")), "\(name): \(line)")
+      guard words.count == 6 else { continue }
+      let what = words[5].drop { $0 == " " }
+      if what == program ?? "" || what.hasPrefix("[") { continue }
+      // A memory file and an anonymous inode are shown with a slash before their names.
+      found.insert(String(what.drop { $0 == "/" }))
+      #expect(!words[1].contains("x"), "\(name): \(line)")
+    }
+    #expect(found == allowed, "\(name)")
   }
 
   @Test(.enabled(if: canRun, "Needs KVM and the programs."))

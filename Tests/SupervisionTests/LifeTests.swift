@@ -43,7 +43,7 @@ struct LifeTests {
       "--disk", "path=disk.img", "--control", "ctl", "--console", "socket=con", "--serial", "file=log",
     ])
     try home.waitUntilRunning()
-    #expect(home.processes.count == 6)  // supervisor, guardian, core, blk0, con0, serial
+    #expect(home.processes.count == 7)  // supervisor, guardian, spawner, core, blk0, con0, serial
     vm.signal(SIGKILL)
     #expect(vm.wait().signal == SIGKILL)
     home.expectNothingLeft()
@@ -108,7 +108,7 @@ struct LifeTests {
     }
     let processes = Dictionary(uniqueKeysWithValues: home.processes.map { ($0.title, $0.pid) })
     #expect(
-      Set(processes.keys) == Set(["supervisor", "guardian", "core", "blk0", "con0", "serial"].map { "vm/web1/" + $0 }))
+      Set(processes.keys) == Set(["supervisor", "guardian", "spawner", "core", "blk0", "con0", "serial"].map { "vm/web1/" + $0 }))
     func files(_ name: String) throws -> [String] {
       let pid = try #require(processes["vm/web1/" + name])
       let folder = "/proc/\(pid)/fd"

@@ -40,7 +40,8 @@ struct csandbox_launch {
   // RLIMIT_NPROC, soft and hard; 0: as it is. Counts all of the uid's threads, so only for a uid or user namespace of its own.
   uint64_t process_limit;
   // CLONE_NEW... of linux/sched.h. With CLONE_NEWUSER the launcher's ids are mapped to themselves and nothing else is;
-  // with CLONE_NEWNS the child gets an empty read-only root; with CLONE_NEWUTS a host name that says nothing.
+  // with CLONE_NEWNS the child gets an empty read-only root; with CLONE_NEWUTS a host name that says nothing. With
+  // CLONE_PARENT beside them the new process is the caller's sibling: its parent is the caller's.
   uint64_t namespaces;
   // Sent to the child when the launching thread ends.
   int parent_death_signal;

@@ -1,21 +1,34 @@
-// A process that outlives its parent by a moment, to take away what the parent could not any more.
+// A process that outlives its parent by a moment, to take away what the parent may not, or cannot any more.
 #ifndef CSANDBOX_GUARDIAN_H
 #define CSANDBOX_GUARDIAN_H
 
 #include <stdint.h>
 #include <termios.h>
 
-// What the parent writes into the guardian's pipe for every socket file it has made.
+// What the parent writes into the guardian's pipe for every socket file it has made. One with an empty path ends the list:
+// nothing that comes after it is looked at.
 struct csandbox_guarded {
   uint64_t device;
   uint64_t inode;
   char path[108];
 };
 
+struct csandbox_guardian {
+  const char *title;
+  // The terminal whose settings are put back, or -1.
+  int terminal;
+  const struct termios *settings;
+  // struct sock_filter: the calls it is left with; NULL: all.
+  const void *filter;
+  unsigned short filter_length;
+  // Gives up all capabilities but those it needs to unlink.
+  int drops_privileges;
+};
+
 // Forks the guardian. It holds a pipe and, with terminal >= 0, that descriptor and its settings, nothing else. When the
-// writing end of the pipe is closed - the parent is dead, however it died - it unlinks the files it was told of, as long
-// as they are the same files, puts the terminal right and exits. The parent that cleans up itself kills it before.
+// writing end of the pipe is closed - by the parent at its end, or because the parent is dead, however it died - it
+// unlinks the files it was told of, as long as they are the same files, puts the terminal right and exits.
 // Returns the process id; pidfd and the pipe's writing end are stored, close-on-exec. -errno when there is none.
-int csandbox_start_guardian(const char *title, int terminal, const struct termios *settings, int *pidfd, int *pipe);
+int csandbox_start_guardian(const struct csandbox_guardian *guardian, int *pidfd, int *pipe);
 
 #endif

@@ -1,0 +1,186 @@
+import CSandbox
+import Glibc
+import HostSystem
+
+/// A fork of the supervisor from the moment before its walls go up. It does what the supervisor may not any more, and only
+/// what was known at that moment: it starts a process of this VM again as it was started first, opens the image that such a
+/// process had, connects again to a back end's socket. It is asked by the device's id; programs, arguments, paths and ids are
+/// those it remembers.
+///
+/// What it starts is the supervisor's child (CLONE_PARENT), so that the supervisor hears of ends, and takes all down with it.
+final class Spawner {
+  private enum Order: UInt8 {
+    case start = 1
+    case image, connect, tidy
+  }
+
+  private enum Outcome: UInt8 {
+    case done, notYet, failed
+  }
+
+  /// Of a device's first descriptors, how many it adds itself: /dev/null twice and standard error.
+  static let ownDescriptors = 3
+  /// It opens files; a file system may hang.
+  private static let patience = Duration.seconds(10)
+
+  private let socket: OwnedFD
+  private let process: ProcessHandle
+
+  private init(_ socket: consuming OwnedFD, _ process: consuming ProcessHandle) {
+    self.socket = socket
+    self.process = process
+  }
+
+  /// Forks it. In the fork this call does not return.
+  static func fork(_ supervisor: Supervisor) throws(SystemError) -> Spawner {
+    let pair = try UnixSocket.pair(.sequencedPacket)
+    let null = try OwnedFD.open("/dev/null", O_RDWR)
+    var kept = [2, null.rawValue, pair.second.rawValue]
+    switch supervisor.programs {
+    case .some(let programs): kept.append(programs.number)
+    case .none: break
+    }
+    if supervisor.guardian.isOnTerminal { kept.append(0) }
+    let title = Array("vm/\(supervisor.configuration.name)/spawner".utf8CString)
+    // SAFETY: title and numbers live for the call.
+    let pid = unsafe title.withUnsafeBufferPointer { title in
+      unsafe kept.sorted().withUnsafeBufferPointer { unsafe csandbox_fork_helper(title.baseAddress, $0.baseAddress, CInt($0.count)) }
+    }
+    if pid == 0 { serve(pair.second, null: null, supervisor) }
+    guard pid > 0 else { throw SystemError("fork the spawner", Errno(-pid)) }
+    return Spawner(pair.first, try ProcessHandle(processID: pid))
+  }
+
+  /// Readable when it has ended.
+  var endNumber: CInt { process.fd.rawValue }
+
+  deinit {
+    // The end of the socket is its order to end; it has nothing to lose.
+    process.signal(SIGKILL)
+    _ = process.waitForEnd()
+  }
+
+  // MARK: Asking
+
+  /// Starts the process of `id` again; `descriptors` are its 3, 4, and so on.
+  func start(_ id: String, _ descriptors: [CInt]) throws(SupervisionError) -> StartedChild {
+    let (_, number, received) = try ask(.start, id, descriptors)
+    guard received.count == 2, let pidfd = received[0].take(), let report = received[1].take() else { throw Self.lost }
+    return StartedChild(process: ProcessHandle(processID: number, adopting: pidfd), report: report)
+  }
+
+  /// The image of `id`, locked; nil while its last process's writes are under way.
+  func image(_ id: String) throws(SupervisionError) -> FDBox? {
+    let (outcome, _, received) = try ask(.image, id)
+    guard outcome == .done else { return nil }
+    guard let image = received.first else { throw Self.lost }
+    return image
+  }
+
+  /// A connection to the external back end of `id`; nil while there is none to be had.
+  func connect(_ id: String) -> FDBox? {
+    let answer: (Outcome, Int32, [FDBox])? = try? ask(.connect, id)
+    return answer?.2.first
+  }
+
+  /// Unlinks files and puts the terminal right.
+  func tidy() { _ = try? ask(.tidy, "") }
+
+  private static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
+
+  private func ask(_ order: Order, _ id: String, _ descriptors: [CInt] = []) throws(SupervisionError) -> (Outcome, Int32, [FDBox]) {
+    guard case .bytes = UnixSocket.send(socket, [order.rawValue] + Array(id.utf8), descriptors: descriptors, waiting: false),
+      (try? socket.waitUntil(.readable, timeout: Self.patience)) == true
+    else { throw Self.lost }
+    let (bytes, received) = Self.receive(socket)
+    guard let bytes, bytes.count >= 5, let outcome = Outcome(rawValue: bytes[0]) else { throw Self.lost }
+    if outcome == .failed { throw .launch(String(decoding: bytes[5...], as: UTF8.self)) }
+    var number: UInt32 = 0
+    for index in 0..<4 { number |= UInt32(bytes[1 + index]) << (8 * UInt32(index)) }
+    return (outcome, Int32(bitPattern: number), received)
+  }
+
+  /// nil: the other end is gone.
+  private static func receive(_ socket: borrowing OwnedFD) -> ([UInt8]?, [FDBox]) {
+    var buffer = [UInt8](repeating: 0, count: 4096)
+    // SAFETY: the buffer is lent for the call.
+    return unsafe buffer.withUnsafeMutableBytes { bytes in
+      var reception = unsafe UnixSocket.receive(socket, into: bytes, descriptorLimit: ChildLaunch.descriptorLimit, waiting: true)
+      var received: [FDBox] = []
+      while let fd = reception.descriptors.takeFirst() { received.append(FDBox(fd)) }
+      guard case .bytes(let count) = reception.transfer, !reception.truncated else { return (nil, received) }
+      return unsafe (Array(bytes[..<count]), received)
+    }
+  }
+
+  // MARK: Serving
+
+  /// Until the supervisor is gone; does not return.
+  private static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
+    while case (.some(let request), let received) = receive(socket) {
+      var number: Int32 = 0
+      var descriptors: [FDBox] = []
+      var outcome = Outcome.done
+      var text = ""
+      let id = String(decoding: request.dropFirst(), as: UTF8.self)
+      do throws(SupervisionError) {
+        switch request.first.flatMap(Order.init(rawValue:)) {
+        case .start:
+          guard let known = supervisor.knownLaunches[id] else { throw unknown(id) }
+          var launch = known.launch
+          launch.descriptors = [null.rawValue, null.rawValue, 2] + received.map(\.number)
+          let child = try supervisor.start(launch, known.program, asSibling: true)
+          descriptors = [try copy(child.process.fd), try copy(child.report)]
+          number = child.process.processID
+        case .image:
+          guard let image = supervisor.cares[id]?.image else { throw unknown(id) }
+          if let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status) {
+            descriptors = [FDBox(fd)]
+          } else {
+            outcome = .notYet
+          }
+        case .connect:
+          guard case .external(let path)? = supervisor.cares[id]?.kind else { throw unknown(id) }
+          if let fd = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) { descriptors = [FDBox(fd)] } else { outcome = .notYet }
+        case .tidy: supervisor.guardian.tidy()
+        case nil: throw unknown("")
+        }
+      } catch {
+        outcome = .failed
+        text = error.message ?? "It failed"
+      }
+      reply(socket, outcome, number, descriptors.map(\.number), text)
+      // Numbers keep nothing open.
+      withExtendedLifetime((received, descriptors)) {}
+    }
+    _exit(0)
+  }
+
+  private static func copy(_ fd: borrowing OwnedFD) throws(SupervisionError) -> FDBox {
+    do { return FDBox(try fd.duplicate()) } catch { throw .system(error) }
+  }
+
+  private static func unknown(_ id: String) -> SupervisionError { .launch("The spawner knows no '\(id)' that it could serve") }
+
+  private static func reply(_ socket: borrowing OwnedFD, _ outcome: Outcome, _ number: Int32, _ descriptors: [CInt], _ text: String) {
+    let bytes = UInt32(bitPattern: number)
+    let packet = [outcome.rawValue] + (0..<4).map { UInt8(truncatingIfNeeded: bytes >> (8 * UInt32($0))) } + text.utf8.prefix(2048)
+    _ = UnixSocket.send(socket, packet, descriptors: descriptors)
+  }
+}
+
+extension Supervisor {
+  /// The image of a device whose process has died, opened anew; nil: not yet.
+  func openAgain(_ id: String, _ image: (path: String, readOnly: Bool, status: FileStatus)) throws(SupervisionError) -> FDBox? {
+    if let spawner { return try spawner.image(id) }
+    guard let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status) else { return nil }
+    return FDBox(fd)
+  }
+
+  /// A new connection to an external back end; nil: not yet.
+  func connectAgain(_ id: String, _ path: String) -> FDBox? {
+    if let spawner { return spawner.connect(id) }
+    guard let fd = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) else { return nil }
+    return FDBox(fd)
+  }
+}

@@ -1,0 +1,46 @@
+import CSandbox
+import Glibc
+import HostSystem
+import Sandbox
+
+extension Supervisor {
+  /// RLIMIT_NOFILE: a pidfd and a line for each process, the clients of `martlet ctl`, and our own few.
+  private static let fileLimit: UInt64 = 256
+  /// CAP_KILL: the others have uids of their own. It also carries the signal that they get when we die. Processes whose pidfd
+  /// we do not have are out of its reach: the list has no other call that sends signals.
+  private static let killCapability: UInt64 = 1 << 5
+
+  /// The walls around the supervisor itself, once every process is started: from here on it opens nothing, starts nothing
+  /// and is nobody. Everything it still does goes through descriptors it has; files are unlinked by the guardian, processes
+  /// that died are started again by the spawner.
+  func raiseWalls() throws(SupervisionError) {
+    guard walls.mode != .off else { return }
+    spawner = try attempt { () throws(SystemError) in
+      try Spawner.fork(self)
+    } or: {
+      .system($0)
+    }
+    if let spawner { try watch(spawner.endNumber, .spawnerEnd) }
+    programs = nil
+    guardian.seal()
+    let identity = identities.next()
+    var confinement = csandbox_confinement(
+      // A pid namespace would only be for children.
+      namespaces: walls.namespaces.subtracting(.process).rawValue, change_identity: identity == nil ? 0 : 1,
+      uid: identity?.uid ?? 0, gid: identity?.gid ?? 0, capabilities: identity == nil ? 0 : Self.killCapability,
+      file_limit: Self.fileLimit)
+    var step: Int32 = 0
+    // SAFETY: both are ours and alive for the call.
+    let error = unsafe csandbox_confine(&confinement, &step)
+    func failed(_ error: SandboxError) -> SupervisionError { .launch(error.message) }
+    if error != 0 {
+      let stage = Stage(rawValue: step) ?? .directory
+      throw .launch(
+        "Cannot \(stage == .fork ? "make namespaces" : stage.action) of martlet-supervisor: \(Errno(error).explanation)\(stage.remedy)")
+    }
+    do {
+      try ProcessWalls.closeFiles(walls.mode, keepsSignals: true)
+      try ProcessWalls.closeCalls([.supervisor], walls.mode)
+    } catch { throw failed(error) }
+  }
+}

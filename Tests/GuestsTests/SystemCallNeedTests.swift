@@ -1,0 +1,244 @@
+// Every entry of the system-call lists is needed: whole VMs at work, from the start over death and reset to the end, are
+// traced, and each entry must have been asked for by a thread that has its filter. Taking such an entry away would have
+// ended that process, because what is not in the list is killed (FilterTests, in IsolationTests, tries that for every
+// call and altered arguments).
+
+import Foundation
+import Glibc
+import HostSystem
+import Sandbox
+import TestSupport
+import Testing
+
+@Suite(
+  "System-call lists: every entry is needed", .serialized,
+  .enabled(
+    if: MicroVM.canMakeTaps && access("/usr/bin/strace", X_OK) == 0 && BuiltPrograms.exists("martlet-hostile"),
+    "Needs /dev/kvm, root, taps, strace and the built programs."))
+struct SystemCallNeedTests {
+  /// What a test cannot bring about at will, and why it stands in the list.
+  private static let rare: [String: String] = [
+    "base clock_gettime": "only on hosts whose clock cannot be read in user space",
+    "base getrandom": "hash seeds, if the first dictionary is made late",
+    "base getpid": "raise, when the runtime stops itself",
+    "base tgkill": "raise, when the runtime stops itself",
+    "base restart_syscall": "a wait with a deadline that a stop falls into",
+    "base mprotect": "the allocator grows a thread's heap",
+    "base brk": "the allocator, when its reserve is used up",
+    "core ioctl 0x4020ae76": "KVM_IRQFD: a driver that changes vectors while the main thread resets its device",
+    "core ioctl 0x4020aea5": "KVM_SIGNAL_MSI: an interrupt of the serial port that waited for the main thread",
+    "core ioctl 0x8090ae81": "KVM_GET_REGS: a payload that is loaded again over a processor that was stopped in an access",
+    "core ioctl 0xae80": "KVM_RUN: such an access is completed",
+    "core rt_sigreturn": "a kick that arrives late",
+    "processor ioctl 0x8090ae81": "KVM_GET_REGS: where a guest crashed",
+    "processor ioctl 0x8138ae83": "KVM_GET_SREGS: where a guest crashed",
+    "processor read": "a doorbell's eventfd is emptied when its vector goes",
+    "processor close": "descriptors of a vector that goes",
+    "processor clock_gettime": "as in base",
+    "processor mmap": "the allocator, when its reserve is used up",
+    "processor munmap": "the allocator",
+    "processor mprotect": "the allocator",
+    "processor madvise 0x4": "the allocator, the stack of an ending thread",
+    "processor brk": "the allocator, when its reserve is used up",
+    "processor restart_syscall": "as in base",
+    "processor exit": "a thread that ends before its process",
+    "processor exit_group": "the runtime stops itself",
+    "block-calls pwritev2 0x2": "RWF_DSYNC: a driver without FLUSH; BlockDeviceTests are one",
+    "block-calls fallocate 0x1": "write zeroes, which the guest of these tests does not ask for; BlockDeviceTests do",
+    "block-calls fallocate 0x3": "discard; BlockDeviceTests",
+    "block-calls fallocate 0x11": "write zeroes; BlockDeviceTests",
+    "supervisor clock_gettime": "as in base",
+    "supervisor mmap": "the allocator, for a large answer",
+    "supervisor munmap": "the allocator",
+    "supervisor brk": "the allocator, when its reserve is used up",
+    "supervisor rt_sigprocmask": "raise, when the runtime stops itself",
+    "supervisor gettid": "raise",
+    "supervisor tgkill": "raise",
+    "supervisor restart_syscall": "a wait with a deadline that a stop falls into",
+  ]
+
+  /// Lists by the name of the thread that has them; the first prefix that fits.
+  private static let roles: [(prefix: String, lists: [SystemCallList])] = [
+    ("core", [.base, .core]), ("vcpu", [.processor]), ("blk", [.base, .device, .block]), ("queue", [.base, .device, .block]),
+    ("net", [.base, .device, .net]), ("con", [.base, .device, .console]), ("serial", [.base, .device, .console]),
+    ("supervisor", [.supervisor]), ("guardian", [.guardian]),
+  ]
+
+  /// One line of a list with one of the values it names.
+  private struct Entry {
+    let name: String
+    let call: String
+    var tests: [(argument: Int, mask: UInt64, value: UInt64)] = []
+
+    func allows(_ arguments: [UInt64]) -> Bool {
+      tests.allSatisfy { $0.argument < arguments.count && arguments[$0.argument] & $0.mask == $0.value }
+    }
+  }
+
+  private static func entries(_ list: SystemCallList) -> [Entry] {
+    list.rules.flatMap { rule -> [Entry] in
+      let call = SystemCall.name(rule.number)
+      var all = [Entry(name: "\(list.rawValue) \(call)", call: call)]
+      for condition in rule.conditions {
+        all = all.flatMap { entry -> [Entry] in
+          var entry = entry
+          switch condition.test {
+          case .ownProcess: return [entry]
+          case .masked(let mask, let value) where mask != .max:
+            entry.tests.append((condition.argument, mask, value))
+            return [entry]
+          case .masked(_, let value): return [with(entry, condition.argument, value)]
+          case .anyOf(let values): return values.map { with(entry, condition.argument, $0) }
+          }
+        }
+      }
+      return all
+    }
+  }
+
+  private static func with(_ entry: Entry, _ argument: Int, _ value: UInt64) -> Entry {
+    Entry(name: entry.name + " 0x" + String(value, radix: 16), call: entry.call, tests: entry.tests + [(argument, .max, value)])
+  }
+
+  private static let trace = ["/usr/bin/strace", "-f", "-Y", "-qq", "-X", "raw", "-e", "raw=all", "-o", "trace"]
+
+  /// `4711<blk0> io_uring_enter(0xb, 0x1, ...`: who, what, with what.
+  private static func calls(_ path: String) throws -> [(thread: Int, name: Substring, call: Substring, arguments: [UInt64])] {
+    let line = #/^(\d+)<([^>]*)> +(\w+)\((.*)$/#
+    return try String(contentsOfFile: path, encoding: .utf8).split(separator: "\n").compactMap { text in
+      guard let match = text.wholeMatch(of: line), let thread = Int(match.1) else { return nil }
+      let arguments = match.4.prefix { $0 != ")" && $0 != "<" }.split(separator: ",").compactMap { word -> UInt64? in
+        let word = word.split(separator: " ").first ?? ""
+        return word.hasPrefix("0x") ? UInt64(word.dropFirst(2), radix: 16) : UInt64(word)
+      }
+      return (thread, match.2, match.3, arguments)
+    }
+  }
+
+  /// The entries that threads behind their filters have used.
+  private static func used(_ path: String, blockList: SystemCallList) throws -> Set<String> {
+    var found: Set<String> = []
+    var walled: Set<Int> = []
+    // Threads of a disk's process have their filter when its first thread says so; they come after it.
+    var disks: [Int] = []
+    var table: [String: [Entry]] = [:]
+    for (prefix, lists) in roles {
+      table[prefix] = lists.map { $0 == .block ? blockList : $0 }.flatMap(entries)
+    }
+    for (thread, name, call, arguments) in try calls(path) {
+      guard let role = roles.first(where: { name.hasPrefix($0.prefix) }) else { continue }
+      if role.prefix == "blk", !disks.contains(thread) { disks.append(thread) }
+      if call == "seccomp" {
+        // SECCOMP_SET_MODE_FILTER
+        if arguments.first == 1 { walled.insert(thread) }
+        continue
+      }
+      let owner = role.prefix == "queue" ? disks.last { $0 < thread } ?? thread : thread
+      guard walled.contains(owner) else { continue }
+      if let entry = table[role.prefix]?.first(where: { $0.call == call && $0.allows(arguments) }) {
+        found.insert(entry.name)
+      } else {
+        Issue.record("\(name) made \(call)\(arguments.map { String($0, radix: 16) }) behind its filter, and lives")
+      }
+    }
+    return found
+  }
+
+  @Test func everyEntryIsUsedByAVMAtWork() throws {
+    var found = try work()
+    found.formUnion(try withoutRings())
+    found.formUnion(try atATerminal())
+    let all = SystemCallList.allCases.flatMap(Self.entries).map(\.name)
+    let unused = all.filter { !found.contains($0) && Self.rare[$0] == nil }
+    #expect(unused.isEmpty, "\(unused)")
+    let unknown = Self.rare.keys.filter { !all.contains($0) }
+    #expect(unknown.isEmpty, "these are excused and stand in no list: \(unknown)")
+    #expect(Self.rare.count < all.count / 3)
+  }
+
+  /// A VM with every device, whose guest works, whose devices die, which is paused, reset and ended.
+  private func work() throws -> Set<String> {
+    let vm = try MicroVM()
+    let program = try vm.start(
+      "test=boot,pci,registers,msix,blk,net,kick,console,idle n=60 span=1 bytes=2000 ms=20000",
+      vm.disk() + ["--net", "tap=tap0", "--cpus", "boot=2", "--console", "socket=con", "--serial", "file=serial"],
+      below: MicroNetTests.below() + Self.trace)
+    defer { program.signal(SIGKILL) }
+    var line: OwnedFD?
+    for _ in 0..<2000 where line == nil {
+      usleep(5000)
+      line = try? UnixSocket.connect(to: vm.path("con"))
+    }
+    let console = try unwrap(line)
+    var heard: [UInt8] = []
+    let end = Date().addingTimeInterval(30)
+    func listen() {
+      var buffer = [UInt8](repeating: 0, count: 4096)
+      if (try? console.waitUntil(.readable, timeout: .milliseconds(100))) == true {
+        let got = read(console.rawValue, &buffer, buffer.count)
+        if got > 0 { heard += buffer[..<got] }
+      }
+    }
+    while Date() < end, !String(decoding: heard, as: UTF8.self).contains("READY") { listen() }
+    for _ in 0..<20 {
+      try console.writeAll([UInt8](repeating: 65, count: 100))
+      listen()
+    }
+    for verb in ["info", "devices", "pause", "resume"] { _ = try vm.ctl(verb) }
+    let victims = vm.processes
+    for name in ["blk0", "net0", "con0"] { kill(try #require(victims[name]), SIGKILL) }
+    for _ in 0..<400 where program.errorText.components(separatedBy: "served again").count < 4 { usleep(10_000) }
+    #expect(program.errorText.components(separatedBy: "served again").count == 4, "\(program.errorText)")
+    _ = try vm.ctl("power-button")
+    _ = try vm.ctl("reboot")
+    usleep(1_500_000)
+    _ = try vm.ctl("shutdown")
+    #expect(program.wait(seconds: 20).code == 0, "\(program.errorText)")
+    vm.expectNothingLeft()
+    return try Self.used(vm.path("trace"), blockList: .block)
+  }
+
+  /// A disk served by ordinary calls, and a reset by a triple fault.
+  private func withoutRings() throws -> Set<String> {
+    let vm = try MicroVM()
+    let program = try vm.start(
+      "test=blk,reset by=triple n=50 span=1", vm.disk() + ["--cpus", "boot=1", "--serial", "file=serial"],
+      below: Self.trace + [BuiltPrograms.path("martlet-hostile"), "--what=without", "--calls=io_uring_setup", "--"])
+    defer { program.signal(SIGKILL) }
+    let end = Date().addingTimeInterval(30)
+    while Date() < end {
+      usleep(20_000)
+      let serial = (try? String(contentsOfFile: vm.path("serial"), encoding: .utf8)) ?? ""
+      if serial.components(separatedBy: "MICRO start ok").count > 2 { break }
+    }
+    _ = try vm.ctl("shutdown")
+    #expect(program.wait(seconds: 20).code == 0, "\(program.errorText)")
+    return try Self.used(vm.path("trace"), blockList: .blockCalls)
+  }
+
+  /// A console on a terminal whose size changes, ended by the escape key: the terminal is put right by two processes.
+  private func atATerminal() throws -> Set<String> {
+    let vm = try MicroVM()
+    let script = """
+      import fcntl, os, pty, signal, struct, subprocess, sys, termios
+      master, slave = pty.openpty()
+      fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+      vm = subprocess.Popen(sys.argv[1:], stdin=slave, stdout=slave)
+      seen = b""
+      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
+      fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
+      supervisor = [p for p in os.listdir("/proc") if p.isdigit() and os.path.exists(f"/proc/{p}/cmdline")
+                    and open(f"/proc/{p}/cmdline").read().startswith("vm/%NAME%/supervisor")]
+      os.kill(int(supervisor[0]), signal.SIGWINCH)
+      os.write(master, b"abc")
+      while b"abc" not in seen: seen += os.read(master, 4096)
+      os.write(master, b"\\x01x")
+      sys.exit(vm.wait(30))
+      """.replacing("%NAME%", with: vm.name)
+    let words = Self.trace + (try vm.command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"]))
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script] + words, directory: vm.directory).wait(seconds: 60)
+    #expect(result.code == 0, "\(result.errors)")
+    vm.expectNothingLeft()
+    return try Self.used(vm.path("trace"), blockList: .block)
+  }
+}
