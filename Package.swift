@@ -119,7 +119,7 @@ let testTargets: [Target] = [
     name: "HostileAttacks", path: "Tests/HostileAttacks",
     cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"])]),
   .executableTarget(
-    name: "martlet-hostile", dependencies: ["HostSystem", "HostileAttacks", "Sandbox"].map { .byName(name: $0) },
+    name: "martlet-hostile", dependencies: ["CSandbox", "HostSystem", "HostileAttacks", "Sandbox"].map { .byName(name: $0) },
     path: "Tests/HostileProgram", swiftSettings: strict, linkerSettings: staticPIE),
   tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
   tests("VirtioSpecTests", ["VirtioSpec"]),

@@ -9,8 +9,10 @@
 //     --what=without        no attack: executes the program behind `--` as on a kernel without the calls of --calls=NAME,...
 //     --victim=PID          a process outside
 //     --files=on|off        Landlock
+//     --confine=UID         started as root, not by the launcher: each attempt behind the supervisor's own walls, with this uid
 // Descriptors: 1 the report, 3 a sealed memory file, 4 a connected socket.
 
+import CSandbox
 import Glibc
 import HostSystem
 import HostileAttacks
@@ -23,6 +25,7 @@ func value(_ option: String) -> String? {
 let arguments = OwnProgram.arguments
 let lists = (value("lists") ?? "").split(separator: ",").compactMap { SystemCallList(rawValue: String($0)) }
 let victim = CInt(value("victim") ?? "") ?? 1
+let confinement = value("confine").flatMap { UInt32($0) }
 let rules = lists.flatMap(\.rules)
 /// With what the stand-in itself needs to tell, and to end.
 let installed =
@@ -50,6 +53,15 @@ func executeWithout() -> Never {
   _exit(97)
 }
 
+// What the launcher would have given.
+if confinement != nil {
+  let memory = try SharedMemory.sealed(name: "hostile", byteCount: 1 << 16)
+  let pair = try UnixSocket.pair(.stream)
+  guard dup2(memory.rawValue, 13) == 13, dup2(pair.first.rawValue, 14) == 14, dup2(13, 3) == 3, dup2(14, 4) == 4 else {
+    fatalError("no descriptors")
+  }
+}
+
 func report(_ line: String) { Log.write(line, to: 1) }
 
 enum Outcome: Equatable {
@@ -63,6 +75,14 @@ func behindTheFilter(_ body: () -> Int) -> Outcome {
   guard unsafe pipe(&ends) == 0 else { fatalError("no pipe") }
   let child = attack_fork()
   if child == 0 {
+    if let uid = confinement {
+      // All namespaces but those of pids and users (linux/sched.h); CAP_KILL stays.
+      var walls = csandbox_confinement(
+        namespaces: 0x4E02_0000, change_identity: 1, uid: uid, gid: uid, capabilities: 1 << 5, file_limit: 256)
+      var step: Int32 = 0
+      // SAFETY: both are ours and alive for the call.
+      if unsafe csandbox_confine(&walls, &step) != 0 { _exit(96) }
+    }
     if !rules.isEmpty {
       do { try ProcessWalls.closeCalls(installed, .on) } catch { _exit(99) }
     }
