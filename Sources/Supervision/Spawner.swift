@@ -126,7 +126,9 @@ final class Spawner {
       do throws(SupervisionError) {
         switch request.first.flatMap(Order.init(rawValue:)) {
         case .start:
-          guard let known = supervisor.knownLaunches[id] else { throw unknown(id) }
+          guard let known = supervisor.knownLaunches[id], received.count + ownDescriptors <= ChildLaunch.descriptorLimit else {
+            throw unknown(id)
+          }
           var launch = known.launch
           launch.descriptors = [null.rawValue, null.rawValue, 2] + received.map(\.number)
           let child = try supervisor.start(launch, known.program, asSibling: true)

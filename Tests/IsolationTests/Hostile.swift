@@ -12,6 +12,7 @@ struct Hostile {
   /// Who serves with which lists.
   static let roles: [(name: String, lists: [SystemCallList])] = [
     ("block", [.base, .device, .block]), ("block-calls", [.base, .device, .blockCalls]), ("net", [.base, .device, .net]),
+    ("template", [.base, .device]),
     ("console", [.base, .device, .console]), ("core", [.base, .core]), ("processor", [.processor]),
     ("supervisor", [.supervisor]), ("guardian", [.guardian]),
   ]
