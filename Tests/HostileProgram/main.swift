@@ -53,13 +53,14 @@ func executeWithout() -> Never {
   _exit(97)
 }
 
-// What the launcher would have given.
+// What the launcher would have given: first out of the way of the numbers, then, when the owners are gone, to their places.
 if confinement != nil {
-  let memory = try SharedMemory.sealed(name: "hostile", byteCount: 1 << 16)
-  let pair = try UnixSocket.pair(.stream)
-  guard dup2(memory.rawValue, 13) == 13, dup2(pair.first.rawValue, 14) == 14, dup2(13, 3) == 3, dup2(14, 4) == 4 else {
-    fatalError("no descriptors")
+  do {
+    let memory = try SharedMemory.sealed(name: "hostile", byteCount: 1 << 16)
+    let pair = try UnixSocket.pair(.stream)
+    guard dup2(memory.rawValue, 13) == 13, dup2(pair.first.rawValue, 14) == 14 else { fatalError("no descriptors") }
   }
+  guard dup2(13, 3) == 3, dup2(14, 4) == 4 else { fatalError("no descriptors") }
 }
 
 func report(_ line: String) { Log.write(line, to: 1) }

@@ -217,13 +217,20 @@ struct LifeTests {
 
   @Test(.enabled(if: access("/dev/kmsg", R_OK) == 0, "The kernel's log cannot be read here."))
   func forbiddenCallBecomesOneAuditLineWithItsName() throws {
-    let home = try Installation()
-    let vm = try home.start(["--name", "dev-violate", "--disk", "path=disk.img,on-death=fail", "--sandbox", "on", "--control", "ctl"])
-    home.waitUntil("the audit line") { vm.errorText.contains("goes on without it") }
-    vm.signal(SIGTERM)
-    let lines = vm.wait().errorLines.filter { $0.contains("audit:") }
-    #expect(lines.count == 1)
-    #expect(lines.first?.contains("martlet-block of blk0 (pid ") == true)
-    #expect(lines.first?.contains("was killed for calling openat (257)") == true || lines.first?.contains("calling open (2)") == true)
+    // The kernel drops records of a burst, and other tests make bursts: then the line says so, and another try is made.
+    var told = ""
+    for _ in 0..<5 where !told.contains("was killed for calling open") {
+      usleep(told.isEmpty ? 0 : 2_000_000)
+      let home = try Installation()
+      let vm = try home.start(["--name", "dev-violate", "--disk", "path=disk.img,on-death=fail", "--sandbox", "on", "--control", "ctl"])
+      home.waitUntil("the audit line") { vm.errorText.contains("goes on without it") }
+      vm.signal(SIGTERM)
+      let lines = vm.wait().errorLines.filter { $0.contains("audit:") }
+      #expect(lines.count == 1)
+      told = lines.first ?? ""
+      #expect(told.contains("martlet-block of blk0 (pid "))
+      #expect(told.contains("was killed for calling open") || told.contains("cannot be read"), "\(told)")
+    }
+    #expect(told.contains("was killed for calling openat (257)") || told.contains("calling open (2)"), "\(told)")
   }
 }
