@@ -99,7 +99,6 @@ let programs: [Target] = [
   program("martlet-console", ["HostSystem", "ConsoleDevice"]),
   program("martlet-template", ["HostSystem", "VirtioSpec", "VirtioQueue", "BackendKit"]),
   program("martlet-probe", ["Probe"]),
-  program("martlet-jail", ["HostSystem", "Supervision"]),
 ]
 
 let everything = [

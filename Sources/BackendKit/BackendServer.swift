@@ -24,9 +24,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   init(_ device: consuming Device, _ context: consuming BackendContext, allowsUnsealedMemory: Bool) throws(SystemError) {
     let profile = device.profile
     var rings: [RingRecord] = []
-    for index in 0..<profile.queueCount {
-      rings.append(RingRecord(index: index, ports: try QueuePorts(asksForRoom: profile.kickWaiter == .loop)))
-    }
+    for index in 0..<profile.queueCount { rings.append(RingRecord(index: index, ports: try QueuePorts())) }
     let store =
       profile.recordsInflight
       ? try InflightStore(queueCount: profile.queueCount, greatestQueueSize: profile.greatestQueueSize) : nil
@@ -147,7 +145,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
       } catch MemoryError.notSealed where allowsUnsealedMemory {
         if !hasWarnedOfUnsealed {
           hasWarnedOfUnsealed = true
-          Log.warning("Guest memory is not sealed against shrinking: a front end that truncates it loses its connection")
+          Log.warning("Guest memory is not sealed against shrinking: a front end that truncates it ends this process")
         }
         return try MemoryRegion.mapping(
           fd, guestAddress: address, byteCount: description.size, frontEndAddress: description.userAddress,

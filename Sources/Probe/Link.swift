@@ -195,6 +195,13 @@ struct Link: ~Copyable {
     var all = features
     if offer.hasProtocolFeatures { all.insert(.vhostUserProtocolFeatures) }
     try send(.setFeatures(all))
+    // ACKNOWLEDGE, DRIVER and FEATURES_OK.
+    if agreed.contains(.status) { try send(.setStatus(11)) }
+  }
+
+  /// All rings are started: some back ends that hear of the status wait for this.
+  mutating func ready() throws(ProbeError) {
+    if agreed.contains(.status) { try send(.setStatus(15)) }
   }
 
   /// Gives the back end the memory.

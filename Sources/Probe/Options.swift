@@ -111,6 +111,19 @@ package struct Options: Sendable {
     return .nanoseconds(Int64(number * scale * 1e9))
   }
 
+  /// Processor numbers with commas between.
+  package func processors(_ name: String) throws(ProbeError) -> [Int] {
+    guard let text = values[name] else { return [] }
+    var numbers: [Int] = []
+    for word in text.split(separator: ",", omittingEmptySubsequences: false) {
+      guard let processor = Int(word), (0..<1024).contains(processor) else {
+        throw .badOption(name, why: "wants processor numbers with commas between, not '\(text)'")
+      }
+      numbers.append(processor)
+    }
+    return numbers
+  }
+
   package func choice<T>(_ name: String, _ table: [(String, T)]) throws(ProbeError) -> T? {
     guard let text = values[name] else { return nil }
     guard let row = table.first(where: { $0.0 == text }) else {

@@ -57,6 +57,8 @@ final class Interruption {
 
   init() throws(ProbeError) { fd = try wrapping { () throws(SystemError) in try Signals.descriptor(for: [SIGINT, SIGTERM]) } }
 
+  var descriptor: CInt { fd.rawValue }
+
   /// Waits so long; true when it was interrupted, now or before.
   func wait(_ duration: Duration) -> Bool {
     if happened { return true }
@@ -73,4 +75,20 @@ final class Interruption {
   }
 
   var isRequested: Bool { wait(.zero) }
+}
+
+/// An open file that may or may not be there.
+final class OutputFile {
+  private let fd: OwnedFD
+
+  /// Created or replaced, beginning with these bytes.
+  init(_ path: String, _ first: [UInt8]) throws(ProbeError) {
+    fd = try wrapping { () throws(SystemError) in
+      let file = try OwnedFD.open(path, O_WRONLY | O_CREAT | O_TRUNC, mode: 0o644)
+      try file.writeAll(first)
+      return file
+    }
+  }
+
+  func write(_ bytes: [UInt8]) { try? fd.writeAll(bytes) }
 }

@@ -1,7 +1,7 @@
 // Probe: tests and measures any vhost-user back end, without a guest. It is a front end with memory and rings of its own:
 // no KVM, no root, no huge pages.
 //
-// Each verb is a room of its own: `Info`, `Bench`, `Check`, `Faults`, `Verify`. They share how a back end is reached
+// Each verb is a room of its own: `Info`, `Check`, `Faults`, `Verify`, `Bench`, `Bridge`, `Record` (with replay). They share how a back end is reached
 // (`Target`), the conversation (`Link`), memory and rings (`Arena`, `ProbeRing`) and the way findings are told.
 //
 // This is a tool, not a server: it waits, it allocates, and it ends with an exit code: 0 all passed, 1 findings,
@@ -15,7 +15,7 @@ import HostSystem
 
 /// The program.
 package enum ProbeProgram {
-  package static let verbs: [Verb] = [.info, .bench, .check, .faults, .verify]
+  package static let verbs: [Verb] = [.info, .check, .faults, .verify, .bench, .bridge, .record, .replay]
 
   /// Runs the program with the process's arguments; returns its exit code.
   package static func run(_ arguments: [String]) -> CInt {

@@ -81,6 +81,7 @@ final class RingClient {
   func start(base: UInt32? = nil) throws(ProbeError) {
     for box in others { try link.start(box.ring) }
     try link.start(ring, base: base)
+    try link.ready()
   }
 
   /// An answer as it lies in memory.

@@ -22,6 +22,8 @@ package final class Target {
   private(set) var process: BackEndProcess?
   private var scratch: String?
   private var startCount = 0
+  /// Whether the present process was ever connected to.
+  private var wasReached = false
   private var inherited: OwnedFD?
   /// Seen by credentials when we did not start it.
   private(set) var peerProcess: Int32?
@@ -125,6 +127,7 @@ package final class Target {
           _ = unsafe unlink(path)
           process = try BackEndProcess(command, extra: -1, processor: processor)
           startCount += 1
+          wasReached = false
         }
         do throws(ProbeError) {
           return try dialOurs(path)
@@ -144,10 +147,17 @@ package final class Target {
       if let ended = process?.collect() {
         let words = process?.lastWords ?? ""
         process = nil
+        // The end of one that served before is seen here when it comes between two connections.
+        if wasReached {
+          crashes.append(ended)
+          lastWords = words
+        }
         throw .ended("\(ended) before it could be reached", lastWords: words)
       }
       do throws(SystemError) {
-        return try UnixSocket.connect(to: path, timeout: .milliseconds(500))
+        let fd = try UnixSocket.connect(to: path, timeout: .milliseconds(500))
+        wasReached = true
+        return fd
       } catch {
         why = error.errno.explanation
       }

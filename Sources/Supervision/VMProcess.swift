@@ -17,8 +17,6 @@ final class VMProcess {
   let processID: Int32
   /// Whether it is told of changes of the terminal's size.
   let isOnTerminal: Bool
-  /// Of somebody else's program: the jail it was put into.
-  let jail: JailWalls?
   private(set) var state = State.starting
   let startTime: MonotonicTime
   var readyTime: MonotonicTime?
@@ -32,9 +30,8 @@ final class VMProcess {
 
   init(
     id: String, program: String, identity: ChildIdentity?, isOnTerminal: Bool, child: consuming StartedChild,
-    readyPipe: consuming OwnedFD?, startTime: MonotonicTime, jail: JailWalls? = nil
+    readyPipe: consuming OwnedFD?, startTime: MonotonicTime
   ) {
-    self.jail = jail
     self.id = id
     self.program = program
     self.identity = identity
@@ -68,10 +65,6 @@ final class VMProcess {
     case .none: .executed
     }
   }
-
-  /// Exec has succeeded.
-  private(set) var hasExecuted = false
-  func markExecuted() { hasExecuted = true }
 
   func closeReport() { _ = report.take() }
 

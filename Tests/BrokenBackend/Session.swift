@@ -69,9 +69,11 @@ final class Session {
       if has("read-only") { features.insert(.blockReadOnly) }
       if has("wce-alone") { features.remove(.blockFlush) }
     }
-    if device == .net { features.insert([.netMAC, .netChecksum, .netHostTSO4]) }
+    if device == .net { features.insert([.netMAC, .netChecksum, .netHostTSO4, .netStatus, .netMultipleQueues, .netControlQueue, .netMTU]) }
     if device == .net, has("dependencies") { features.remove(.netChecksum) }
     if device == .console { features.insert(.consoleSize) }
+    if has("console-ports") { features.insert(.consoleMultiplePorts) }
+    if has("iotlb-refused") { features.insert(.accessPlatform) }
     if has("no-version1") { features.remove(.version1) }
     if has("features-change"), number % 2 == 0 { features.remove(.indirectDescriptors) }
     return features
@@ -80,7 +82,10 @@ final class Session {
   private var offeredProtocol: ProtocolFeatures {
     var features: ProtocolFeatures = [
       .mq, .replyAck, .config, .inflightShmFD, .resetDevice, .configureMemSlots, .status, .logShmFD, .backEndRequests, .deviceState,
+      .backEndSendsFD,
     ]
+    if device == .net { features.formUnion([.rarp, .netMTU]) }
+    features.formUnion([.crossEndian, .pageFault, .sharedObject, .sharedMemory])
     if has("protocol-dependency") {
       features.insert(.inbandNotifications)
       features.remove(.backEndRequests)
@@ -104,9 +109,15 @@ final class Session {
       config.maxWriteZeroesSectors = has("write-zeroes-zero") ? 0 : 1024
       config.maxWriteZeroesSegments = 1
       bytes.replaceSubrange(0..<96, with: config.encoded())
-    case .net: bytes.replaceSubrange(0..<6, with: has("mac-group") ? [3, 0, 0, 0, 0, 1] : [2, 0, 0, 0, 0, 1])
-    case .console: bytes.replaceSubrange(0..<4, with: [80, 0, 25, 0])
-    case .fileSystem: bytes.replaceSubrange(0..<4, with: Array("test".utf8))
+    case .net:
+      bytes.replaceSubrange(0..<6, with: has("mac-group") ? [3, 0, 0, 0, 0, 1] : [2, 0, 0, 0, 0, 1])
+      bytes[6] = has("status-odd") ? 0xF1 : 1
+      bytes[8] = has("pairs-zero") ? 0 : has("pairs-many") ? 200 : 2
+      bytes.replaceSubrange(10..<12, with: has("mtu-small") ? [20, 0] : [0xDC, 5])
+    case .console: bytes.replaceSubrange(0..<8, with: has("console-ports") ? [80, 0, 25, 0, 0, 0, 0, 0] : [80, 0, 25, 0, 2, 0, 0, 0])
+    case .fileSystem:
+      if !has("tag-empty") { bytes.replaceSubrange(0..<4, with: Array("test".utf8)) }
+      bytes[36] = has("fs-queues") ? 0 : 1
     default: break
     }
     if has("config-changes") {
@@ -120,6 +131,7 @@ final class Session {
   // MARK: The loop
 
   func run() {
+    Habits.begin()
     do {
       while true {
         try wait()
@@ -130,7 +142,11 @@ final class Session {
       if has("leak-descriptors") { leaked += rings.compactMap { $0.kick.take()?.release() } }
     }
     for number in inboxFDs { _ = close(number) }
+    Habits.note("\(kicks) kicks")
+    Habits.end()
   }
+
+  private var kicks: UInt64 = 0
 
   private func wait() throws {
     var entries = [pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)]
@@ -145,6 +161,7 @@ final class Session {
     for (entry, ring) in zip(entries.dropFirst(), owners) where entry.revents != 0 {
       var value: UInt64 = 0
       _ = read(entry.fd, &value, 8)
+      kicks &+= value
       if has("kick-spurious"), ring.queue?.hasAvailable() == false { abort() }
       ring.wasKicked = true
     }
@@ -187,15 +204,24 @@ final class Session {
     inbox.removeFirst(12 + Int(header.size))
     let fds = inboxFDs
     inboxFDs = []
+    Habits.note("\(header.encoded.map(Int.init)) \(payload) \(fds.map(Self.nature))")
     return (header, payload, fds)
   }
 
   /// The front end broke the protocol: a good back end closes the connection.
   private func violation(_ why: String) throws {
+    Habits.stray()
     if has("abort-malformed") { abort() }
     if has("hang-malformed") { while true { pause() } }
     if has("leak-malformed") { for _ in 0..<8 { leaked.append(dup(0)) } }
     throw Closed()
+  }
+
+  /// Size and seals of what was passed.
+  private static func nature(_ number: CInt) -> String {
+    var status = stat()
+    fstat(number, &status)
+    return "\(status.st_mode & 0o170000) \(status.st_size) \(clinux_fcntl(number, 1034, 0))"
   }
 
   private var zero: [UInt8] { [UInt8](repeating: 0, count: 8) }
@@ -362,7 +388,8 @@ final class Session {
       }
       guard config.offset == 32, config.bytes.count == 1 else { throw Refused(why: "not writable") }
     case .getInflightFD(let wanted):
-      let size = has("inflight-small") ? 64 : UInt64(wanted.queueCount) * (16 * UInt64(wanted.queueSize) + 64)
+      let one = UInt64(InflightRegion.byteCount(size: wanted.queueSize, packed: features.contains(.packedRing)))
+      let size = has("inflight-small") ? 64 : UInt64(wanted.queueCount) * one
       guard size <= 1 << 22 else { throw Closed() }
       let area = InflightDescription(size: size, mapOffset: 0, queueCount: wanted.queueCount, queueSize: wanted.queueSize)
       let fd = try SharedMemory.sealed(name: "broken-inflight", byteCount: size)
@@ -403,7 +430,26 @@ final class Session {
     case .checkDeviceState:
       reply(request, number(0))
       return true
-    case .getShmemConfig: if !has("accept-overflow") { throw Closed() }
+    case .sendRARP, .netSetMTU:
+      if has(request == 19 ? "rarp-refused" : "mtu-refused") { throw Refused(why: "not today") }
+    case .iotlb: if has("iotlb-refused") { throw Refused(why: "no entry") }
+    case .setVringEndian(let state):
+      _ = try ring(state.index)
+      if has("endian-refused") { throw Refused(why: "no endianness") }
+    case .postcopyAdvise:
+      let fd = try EventFD()
+      reply(request, [], descriptor: has("postcopy-empty") ? nil : fd.fd.rawValue)
+      return true
+    case .postcopyEnd:
+      reply(request, number(has("postcopy-fails") ? 5 : 0))
+      return true
+    case .getSharedObject:
+      reply(request, number(has("object-invented") ? 0 : 1))
+      return true
+    case .getShmemConfig:
+      if has("accept-overflow") { break }
+      reply(request, [UInt8](repeating: has("regions-wrong") ? 1 : 0, count: 2056))
+      return true
     default: throw Closed()
     }
     return false
@@ -461,7 +507,9 @@ final class Session {
   private func start(_ ring: Ring) throws {
     guard let memory, let address = ring.address else { throw Refused(why: "the ring is not described") }
     let configuration = try configuration(ring, address)
-    do { ring.queue = try Virtqueue(configuration, memory: memory) } catch { throw Refused(why: "\(error)") }
+    do { ring.queue = try Virtqueue(configuration, memory: memory, inflight: inflightRegion(ring)) } catch {
+      throw Refused(why: "\(error)")
+    }
     ring.isStarted = true
     ring.wasKicked = !has("start-waits")
     if has("start-skips"), !configuration.isPacked {
@@ -508,14 +556,14 @@ final class Session {
       let outcome = ring.queue?.next(&chain) ?? .empty
       switch outcome {
       case .chain:
-        if has("inflight-marks"), let inflight { mark(inflight.mapping) }
         let written = serve(index)
         let token = chain.token
+        let head = token.head
         if has("wrap"), ring.done >= 20 { return }
         ring.done += 1
         ring.queue?.complete(token, written: written)
-        if let inflight, !has("inflight-clear") { record(inflight.mapping, inflight.area, ring, index) }
         let wantsCall = ring.queue?.publish() ?? false
+        if let inflight { spoil(inflight.mapping, inflight.area, index, head) }
         if wantsCall, !has("no-call"), let number = ring.call?.rawValue {
           var one: UInt64 = 1
           _ = write(number, &one, 8)
@@ -523,6 +571,7 @@ final class Session {
       case .empty:
         if ring.queue?.enableKicks() != true { return }
       case .broken:
+        Habits.stray()
         if has("abort-malformed") { abort() }
         if has("hang-malformed") { while true { pause() } }
         if has("leak-malformed") { for _ in 0..<8 { leaked.append(dup(0)) } }
@@ -531,14 +580,22 @@ final class Session {
     }
   }
 
-  private func mark(_ mapping: MemoryMapping) { mapping.baseAddress.storeBytes(of: 1, toByteOffset: 16, as: UInt8.self) }
-
-  private func record(_ mapping: MemoryMapping, _ area: InflightDescription, _ ring: Ring, _ index: Int) {
+  /// What is wrong with the record, if anything is.
+  private func spoil(_ mapping: MemoryMapping, _ area: InflightDescription, _ index: Int, _ head: UInt16) {
     guard index < Int(area.queueCount) else { return }
     let start = Int(area.mapOffset) + Int(area.size) / Int(area.queueCount) * index
-    mapping.baseAddress.storeBytes(of: 1, toByteOffset: start + 8, as: UInt16.self)
-    mapping.baseAddress.storeBytes(of: area.queueSize, toByteOffset: start + 10, as: UInt16.self)
-    mapping.baseAddress.storeBytes(of: UInt16(truncatingIfNeeded: ring.done), toByteOffset: start + 14, as: UInt16.self)
+    if has("inflight-marks") { mapping.baseAddress.storeBytes(of: 1, toByteOffset: start + 16, as: UInt8.self) }
+    if has("inflight-version") { mapping.baseAddress.storeBytes(of: 2, toByteOffset: start + 8, as: UInt16.self) }
+    if has("inflight-counter") { mapping.baseAddress.storeBytes(of: 7, toByteOffset: start + 24 + 16 * Int(head), as: UInt64.self) }
+  }
+
+  /// Where this ring's part of the inflight area is, when there is one.
+  private func inflightRegion(_ ring: Ring) -> InflightRegion? {
+    guard let (mapping, area) = inflight, !has("inflight-clear"), !has("inflight-forgets"),
+      let index = rings.firstIndex(where: { $0 === ring }), index < Int(area.queueCount)
+    else { return nil }
+    let stride = Int(area.size) / Int(area.queueCount)
+    return InflightRegion(mapping, offset: Int(area.mapOffset) + stride * index, byteCount: stride)
   }
 
   private func serve(_ index: Int) -> UInt32 {
@@ -548,6 +605,7 @@ final class Session {
     if has("framing"), chain.readable.count + chain.writable.count > 3 || chain.readable.count > 2 { return 0 }
     var readable = [UInt8](repeating: 0, count: chain.readableByteCount)
     readable.withUnsafeMutableBytes { chain.takeReadable(into: $0) }
+    Habits.note("chain \(readable.count) \(Habits.digest(readable)) \(chain.writable.count) \(chain.writableByteCount)")
     switch device {
     case .block: answer = block(readable, chain.writableByteCount)
     case .fileSystem: answer = fuse(readable, chain.writableByteCount)

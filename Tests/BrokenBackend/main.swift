@@ -28,6 +28,7 @@ do {
     guard let socket = try UnixSocket.accept(listener) else { continue }
     connectionCount += 1
     if has("reconnect-dies"), connectionCount > 6 { exit(1) }
+    if has("tires"), connectionCount > 20 { abort() }
     let session = Session(socket, device, disk, connectionCount)
     session.run()
     disk = session.disk

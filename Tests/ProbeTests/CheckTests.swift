@@ -89,6 +89,15 @@ private let catches: [(String, String, [String])] = [
   ("console", "transmit-abort", ["console.wrong-way"]), ("fs", "fuse-unique", ["fs.init"]), ("fs", "fuse-accepts", ["fs.unknown"]),
   ("fs", "fuse-abort", ["fs.short", "fs.no-room"]), ("rng", "rng-empty", ["rng.fill"]), ("rng", "rng-same", ["rng.different"]),
   ("rng", "rng-abort", ["rng.readable"]),
+  ("net", "rarp-refused", ["rarp.accepted"]), ("net", "mtu-refused", ["mtu.accepted"]), ("block", "endian-refused", ["endian.little"]),
+  ("block", "iotlb-refused", ["iotlb.update"]),
+  ("block", "postcopy-empty", ["postcopy.advise"]), ("block", "postcopy-fails", ["postcopy.end"]),
+  ("block", "object-invented", ["shared-object.unknown"]), ("block", "regions-wrong", ["shared-memory.regions"]),
+  ("block", "inflight-version", ["inflight.header"]), ("block", "inflight-clear", ["inflight.header"]),
+  ("block", "inflight-counter", ["inflight.counters"]), ("block", "inflight-forgets", ["inflight.resubmits"]),
+  ("net", "status-odd", ["net.status"]), ("net", "pairs-zero", ["net.pairs"]), ("net", "pairs-many", ["net.pairs"]),
+  ("net", "mtu-small", ["net.mtu"]), ("console", "console-ports", ["console.ports"]), ("fs", "tag-empty", ["fs.tag"]),
+  ("fs", "fs-queues", ["fs.queues"]),
 ]
 
 @Suite(.serialized) struct CheckTests {

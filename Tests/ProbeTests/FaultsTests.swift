@@ -7,9 +7,10 @@ private var brokenBackEnd: String {
   URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent().appendingPathComponent("broken-backend").path
 }
 
-private func attack(_ type: String, _ defects: [String], only: String) throws -> [FaultResult] {
+private func attack(_ type: String, _ defects: [String], only: String, exact: Bool = false) throws -> [FaultResult] {
   let options = try Options.parse(
-    ["--type", type, "--timeout", "0.7", "--only", only, "--", brokenBackEnd, "{socket}", type] + defects, verb: .faults)
+    ["--type", type, "--timeout", "0.7", "--only", only] + (exact ? ["--exact"] : []) + ["--", brokenBackEnd, "{socket}", type] + defects,
+    verb: .faults)
   let target = try Target(options)
   defer { target.close() }
   return try Faults(target, options).run()
@@ -73,6 +74,31 @@ private func attack(_ type: String, _ defects: [String], only: String) throws ->
         continue
       }
     }
+  }
+
+  /// Against back ends that stand nothing but the ordinary. In a short run every twelfth of the malformed messages; with
+  /// MARTLET_TEST_ALL set, all attacks.
+  @Test(arguments: ["fragile", "fragile-hang", "fragile-leak"])
+  func everyAttackIsSeenToDoHarm(defect: String) throws {
+    let isWhole = ProcessInfo.processInfo.environment["MARTLET_TEST_ALL"] != nil
+    // Hanging takes its time-out each: fewer of them.
+    let step = isWhole ? 1 : defect == "fragile" ? 12 : 60
+    let messages = Faults.ids.filter { $0.hasPrefix("message.") }.enumerated().filter { $0.offset % step == 0 }.map(\.element)
+    let others = Faults.ids.filter { !$0.hasPrefix("message.") }.enumerated().filter {
+      isWhole || defect == "fragile" || $0.offset % 9 == 0
+    }
+    // Ordinary in everything but their number: these have defects of their own.
+    let ordinary: Set = ["repeat.sessions"]
+    let chosen = messages + others.map(\.element).filter { !ordinary.contains($0) }
+    let results = try attack("block", [defect], only: chosen.joined(separator: ","), exact: true)
+    #expect(results.count > chosen.count / 2)
+    let harmless = results.filter { !$0.verdict.isFinding }.map { "\($0.id): \($0.verdict.word) \($0.verdict.reason)" }
+    #expect(harmless.isEmpty, "\(harmless)")
+  }
+
+  @Test func aBackEndThatTiresOfSessionsIsSeen() throws {
+    let results = try attack("block", ["tires"], only: "repeat.sessions", exact: true)
+    #expect(results.map(\.verdict.word) == ["CRASHED"])
   }
 
   @Test func memoryThatIsCutOffEndsWhoDoesNotCheckSeals() throws {

@@ -4,16 +4,20 @@ extension BenchReport {
   private static let colors = ["#1f6fb2", "#c2571a"]
 
   /// One page with everything in it: no script, no other file.
-  var html: String {
-    var page = """
-      <!doctype html><html lang="en"><head><meta charset="utf-8"><title>\(escaped(name))</title><style>
-      body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:#1a1a1a;background:#fff}
-      h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}svg{width:100%;height:auto}table{border-collapse:collapse}
-      td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-      pre{background:#f4f4f4;padding:1em;overflow-x:auto}text{font:11px system-ui,sans-serif;fill:#444}
-      @media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}pre{background:#222}text{fill:#bbb}td,th{border-color:#444}}
-      </style></head><body><h1>\(escaped(name))</h1><p>\(escaped(job.summary))</p>
-      """
+  static func page(_ reports: [BenchReport]) -> String {
+    """
+    <!doctype html><html lang="en"><head><meta charset="utf-8"><title>\(reports.first.map { $0.escaped($0.name) } ?? "")</title><style>
+    body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:#1a1a1a;background:#fff}
+    h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}svg{width:100%;height:auto}table{border-collapse:collapse}
+    td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
+    pre{background:#f4f4f4;padding:1em;overflow-x:auto}text{font:11px system-ui,sans-serif;fill:#444}
+    @media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}pre{background:#222}text{fill:#bbb}td,th{border-color:#444}}
+    </style></head><body>
+    """ + reports.map(\.section).joined() + "</body></html>\n"
+  }
+
+  private var section: String {
+    var page = "<h1>\(escaped(name))</h1><p>\(escaped(summary))</p>"
     let chosen = results.enumerated().compactMap { index, runs in middle(runs).map { (index, $0) } }
     for (index, run) in chosen where results.count > 1 || !run.name.isEmpty {
       page +=
@@ -23,7 +27,7 @@ extension BenchReport {
     page += "<h2>Latency distribution</h2><p>Share of requests that took longer; both axes logarithmic.</p>"
     page += latencyPlot(chosen.map { ($0.0, $0.1.counts.reads > 0 ? $0.1.reads : $0.1.writes) })
     page += "<h2>Rate over time</h2>" + ratePlot(chosen)
-    page += "<h2>All of it</h2><pre>\(escaped(text))</pre></body></html>\n"
+    page += "<h2>All of it</h2><pre>\(escaped(text))</pre>"
     return page
   }
 
@@ -31,11 +35,11 @@ extension BenchReport {
     text.replacing("&", with: "&amp;").replacing("<", with: "&lt;").replacing(">", with: "&gt;").replacing("\"", with: "&quot;")
   }
 
-  private func table(_ runs: [BlockResult]) -> String {
-    func row(_ label: String, _ value: (BlockResult) -> String) -> String {
+  private func table(_ runs: [BenchResult]) -> String {
+    func row(_ label: String, _ value: (BenchResult) -> String) -> String {
       "<tr><td>\(label)</td>" + runs.map { "<td>\(value($0))</td>" }.joined() + "</tr>"
     }
-    func latency(_ run: BlockResult) -> LatencySummary { run.counts.reads > 0 ? run.reads : run.writes }
+    func latency(_ run: BenchResult) -> LatencySummary { run.counts.reads > 0 ? run.reads : run.writes }
     var table = "<table><tr><th></th>" + (runs.count > 1 ? "<th>A</th><th>B</th>" : "<th></th>") + "</tr>"
     table += row("requests per second") { Self.rate($0.requestsPerSecond) }
     table += row("bandwidth") { Self.bandwidth($0.bytesPerSecond) }
@@ -117,7 +121,7 @@ extension BenchReport {
     return frame(marks, "latency", "")
   }
 
-  private func ratePlot(_ runs: [(Int, BlockResult)]) -> String {
+  private func ratePlot(_ runs: [(Int, BenchResult)]) -> String {
     let greatest = max(1, runs.flatMap(\.1.rates).max() ?? 1) * 1.1
     let longest = max(1, runs.map(\.1.rates.count).max() ?? 1)
     let plotWidth = Self.width - Self.left - Self.right

@@ -3,9 +3,10 @@ import ControlProtocol
 /// All results of one invocation, in words and in JSON.
 struct BenchReport {
   let name: String
-  let job: BlockJob
+  /// The load in a line.
+  let summary: String
   /// By back end, then by run.
-  let results: [[BlockResult]]
+  let results: [[BenchResult]]
   let limits: [LimitResult]
   let wasInterrupted: Bool
 
@@ -36,7 +37,7 @@ struct BenchReport {
   // MARK: Words
 
   var text: String {
-    var text = "\(name): \(job.summary)\n"
+    var text = "\(name): \(summary)\n"
     let labels = results.count > 1 ? ["A", "B"] : [""]
     for (index, runs) in results.enumerated() {
       guard let run = middle(runs) else { continue }
@@ -50,21 +51,28 @@ struct BenchReport {
   }
 
   /// The run with the middle rate stands for all of them.
-  func middle(_ runs: [BlockResult]) -> BlockResult? {
+  func middle(_ runs: [BenchResult]) -> BenchResult? {
     let sorted = runs.sorted { $0.requestsPerSecond < $1.requestsPerSecond }
     return sorted.isEmpty ? nil : sorted[sorted.count / 2]
   }
 
-  private func describe(_ run: BlockResult, _ runs: [BlockResult]) -> String {
+  private func describe(_ run: BenchResult, _ runs: [BenchResult]) -> String {
     let rates = runs.map(\.requestsPerSecond)
-    var text = "  IOPS          \(Self.rate(run.requestsPerSecond)), bandwidth \(Self.bandwidth(run.bytesPerSecond))"
+    var text =
+      run.isNetwork
+      ? "  frames        \(Self.rate(run.requestsPerSecond)), \(decimal(run.bytesPerSecond * 8 / 1e9, 2)) Gbit/s"
+      : "  IOPS          \(Self.rate(run.requestsPerSecond)), bandwidth \(Self.bandwidth(run.bytesPerSecond))"
     if runs.count > 1 {
       text += " (middle of \(runs.count) runs, \(Self.rate(rates.min() ?? 0)) to \(Self.rate(rates.max() ?? 0)))"
     }
     text += "\n"
-    if run.counts.errors > 0 { text += "  errors        \(run.counts.errors) of \(run.counts.requests) requests\n" }
-    for (label, summary) in [("read", run.reads), (run.counts.writes > 0 ? "write" : "flush", run.writes)] where summary.count > 0 {
-      text += "  " + "\(label) lat".padded(to: 14)
+    if run.counts.errors > 0 {
+      text += "  errors        \(run.counts.errors) of \(run.requests) \(run.isNetwork ? "frames" : "requests")\n"
+    }
+    if run.counts.lost > 0 { text += "  lost          \(run.counts.lost) of \(run.counts.writes) frames did not come back within 50 ms\n" }
+    let labels = run.isNetwork ? ["round trip", ""] : ["read lat", run.counts.writes > 0 ? "write lat" : "flush lat"]
+    for (label, summary) in zip(labels, [run.reads, run.writes]) where summary.count > 0 {
+      text += "  " + label.padded(to: 14)
       text +=
         "min \(Self.time(Double(summary.least))), avg \(Self.time(summary.mean)), max \(Self.time(Double(summary.greatest))), stdev \(Self.time(summary.deviation))\n"
       text +=
@@ -75,11 +83,11 @@ struct BenchReport {
         .joined(separator: ", ") + "\n"
     }
     let cpu = run.backEndCPU.map { "back end \(Self.time(run.perRequest($0)))" } ?? "back end not visible"
-    text += "  CPU/request   \(cpu), tool \(Self.time(run.perRequest(run.toolCPU)))"
+    text += "  CPU/\(run.isNetwork ? "frame  " : "request")   \(cpu), tool \(Self.time(run.perRequest(run.toolCPU)))"
     if let waiting = run.waitingShare { text += " (it waited \(decimal(100 * waiting, 0)) % of the time)" }
     text += "\n"
     text +=
-      "  per request   \(decimal(run.perRequest(run.counts.kicks), 3)) kicks, \(decimal(run.perRequest(run.counts.calls), 3)) calls, system calls: back end "
+      "  per \(run.isNetwork ? "frame  " : "request")   \(decimal(run.perRequest(run.counts.kicks), 3)) kicks, \(decimal(run.perRequest(run.counts.calls), 3)) calls, system calls: back end "
     text += run.backEndSystemCalls.map { decimal($0, 3) + " (counted apart, under ptrace)" } ?? "not counted"
     text += ", tool \(decimal(run.perRequest(run.counts.systemCalls), 3))\n"
     return text
@@ -129,14 +137,22 @@ struct BenchReport {
 
   // MARK: JSON
 
-  func json(withBuckets: Bool) -> JSONValue {
-    var jobs: [JSONValue] = []
-    for (index, runs) in results.enumerated() {
-      for run in runs { jobs.append(Self.job(run, name: results.count > 1 ? "\(name)-\(["A", "B"][index])" : name, withBuckets)) }
+  func json(withBuckets: Bool) -> JSONValue { .object(Self.head(jobs: jobs(withBuckets)) + rest) }
+
+  static func head(jobs: [JSONValue]) -> [JSONValue.Member] {
+    [JSONValue.Member("fio version", .string("martlet-probe")), JSONValue.Member("jobs", .array(jobs))]
+  }
+
+  /// Every run as one of fio's jobs.
+  func jobs(_ withBuckets: Bool) -> [JSONValue] {
+    results.enumerated().flatMap { index, runs in
+      runs.map { Self.job($0, name: results.count > 1 ? "\(name)-\(["A", "B"][index])" : name, withBuckets) }
     }
-    var members: [JSONValue.Member] = [
-      JSONValue.Member("fio version", .string("martlet-probe")), JSONValue.Member("jobs", .array(jobs)),
-    ]
+  }
+
+  /// What stands beside the jobs.
+  var rest: [JSONValue.Member] {
+    var members: [JSONValue.Member] = []
     if !ratios.isEmpty {
       members.append(
         JSONValue.Member(
@@ -160,12 +176,12 @@ struct BenchReport {
             })))
     }
     members.append(JSONValue.Member("interrupted", .bool(wasInterrupted)))
-    return .object(members)
+    return members
   }
 
-  private static func job(_ run: BlockResult, name: String, _ withBuckets: Bool) -> JSONValue {
+  private static func job(_ run: BenchResult, name: String, _ withBuckets: Bool) -> JSONValue {
     func side(_ count: UInt64, _ summary: LatencySummary, isData: Bool) -> JSONValue {
-      let bytes = isData ? count * UInt64(run.job.blockSize) : 0
+      let bytes = isData ? count * run.byteCount : 0
       let perSecond = run.seconds > 0 ? Double(bytes) / run.seconds : 0
       return .record([
         "io_bytes": .unsigned(bytes), "io_kbytes": .unsigned(bytes / 1024), "bw_bytes": .unsigned(UInt64(perSecond)),
@@ -177,18 +193,17 @@ struct BenchReport {
     let usage = { (time: UInt64?) -> JSONValue in time.map { .number(Double($0) / 1e7 / max(run.seconds, 1e-9)) } ?? .null }
     return .record([
       "jobname": .string(name), "error": .unsigned(run.counts.errors > 0 ? 5 : 0), "total_err": .unsigned(run.counts.errors),
-      "job options": .record([
-        "rw": .string(run.job.pattern.rawValue), "bs": .string("\(run.job.blockSize)"), "iodepth": .string("\(run.job.depth)"),
-        "numjobs": .string("\(run.job.queueCount)"), "ioengine": .string("vhost-user-blk"),
-      ]),
+      "job options": .object(run.options.map { JSONValue.Member($0.name, .string($0.value)) }),
       "read": side(run.counts.reads, run.reads, isData: true),
-      "write": side(run.counts.writes, run.counts.writes > 0 ? run.writes : LatencySummary(), isData: true),
+      "write": side(run.counts.writes, run.counts.writes > 0 && !run.isNetwork ? run.writes : LatencySummary(), isData: true),
       "sync": .record([
         "total_ios": .unsigned(run.counts.flushes),
         "lat_ns": latency(run.counts.writes == 0 ? run.writes : LatencySummary(), true, withBuckets),
       ]),
       "martlet": .record([
-        "back_end": .string(run.name), "back_end_cpu_percent": usage(run.backEndCPU), "tool_cpu_percent": usage(run.toolCPU),
+        "back_end": .string(run.name), "requests_per_s": .number(run.requestsPerSecond),
+        "gbit_per_s": .number(run.bytesPerSecond * 8 / 1e9), "lost": .unsigned(run.counts.lost),
+        "back_end_cpu_percent": usage(run.backEndCPU), "tool_cpu_percent": usage(run.toolCPU),
         "back_end_cpu_ns_per_request": run.backEndCPU.map { .number(run.perRequest($0)) } ?? .null,
         "tool_cpu_ns_per_request": .number(run.perRequest(run.toolCPU)),
         "tool_waiting_percent": run.waitingShare.map { .number(100 * $0) } ?? .null,

@@ -40,15 +40,15 @@ package struct BlockJob: Sendable {
     OptionRow("rw", "PATTERN", "read, write, randread, randwrite, rw, randrw or flush (default randread)"),
     OptionRow("readwrite", "PATTERN", "the same as --rw"),
     OptionRow("bs", "SIZE", "bytes of a request (default 4k)"),
-    OptionRow("iodepth", "COUNT", "requests in flight in each queue (default 32)"),
-    OptionRow("numjobs", "COUNT", "queues (default 1)"),
+    OptionRow("iodepth", "COUNT", "requests in flight in each queue (default 32), or frames (256)"),
+    OptionRow("numjobs", "COUNT", "queues, or pairs of a network card (default 1)"),
     OptionRow("queues", "COUNT", "the same as --numjobs"),
     OptionRow("threads", "COUNT", "threads of the tool that share the queues (default 1)"),
     OptionRow("size", "SIZE", "working set (default: the whole disk)"),
     OptionRow("offset", "SIZE", "where the working set begins (default 0)"),
     OptionRow("runtime", "SECONDS", "how long to measure (default 2)"),
     OptionRow("ramp-time", "SECONDS", "how long to run before measuring (default 0.2)"),
-    OptionRow("rate-iops", "COUNT", "most requests a second, over all queues"),
+    OptionRow("rate-iops", "COUNT", "most requests or frames a second, over all queues"),
     OptionRow("rwmixread", "PERCENT", "share of reads in rw and randrw (default 50)"),
     OptionRow("fsync", "COUNT", "flush after so many writes (default never)"),
     OptionRow("wait", "HOW", "spin: poll the ring; sleep: wait for calls (default spin)"),
@@ -61,6 +61,9 @@ package struct BlockJob: Sendable {
   ]
 
   package init(_ options: Options) throws(ProbeError) {
+    if let name = NetJob.ownNames.first(where: { options.has($0) }) {
+      throw .badOption(name, why: "is for network cards, and this is a disk")
+    }
     let patterns = Pattern.allCases.map { ($0.rawValue, $0) }
     for name in ["rw", "readwrite"] { if let pattern = try options.choice(name, patterns) { self.pattern = pattern } }
     if let size = try options.byteCount("bs", in: 512...16 << 20) {
@@ -79,14 +82,7 @@ package struct BlockJob: Sendable {
     readShare = try options.number("rwmixread", in: 0...100) ?? readShare
     flushEvery = try options.number("fsync", in: 0...1_000_000_000) ?? flushEvery
     sleeps = try options.choice("wait", [("spin", false), ("sleep", true)]) ?? false
-    if let text = options.text("pin") {
-      for word in text.split(separator: ",", omittingEmptySubsequences: false) {
-        guard let processor = Int(word), (0..<1024).contains(processor) else {
-          throw .badOption("pin", why: "wants processor numbers with commas between, not '\(text)'")
-        }
-        pin.append(processor)
-      }
-    }
+    pin = try options.processors("pin")
     isPacked = options.has("packed")
     hasEventIndex = !options.has("no-event-idx")
     seed = UInt64(try options.number("randseed", in: 0...Int.max) ?? 1)

@@ -5,61 +5,11 @@ import VMMemory
 import VirtioQueue
 import VirtioSpec
 
-/// What a lane shares with the thread that watches it: single 64-bit words in memory of their own, so that reading them
-/// costs the lane nothing.
-@safe
-final class LaneWords: @unchecked Sendable {
-  // @unchecked: every access is a single relaxed load or store.
-  enum Word: Int {
-    /// Requests completed since the lane began.
-    case completed = 0
-    /// 0 warm up, 1 measure, 2 stop.
-    case phase
-  }
-  private let words: UnsafeMutableRawPointer
-
-  init() {
-    unsafe words = .allocate(byteCount: 128, alignment: 64)
-    unsafe words.initializeMemory(as: UInt8.self, repeating: 0, count: 128)
-  }
-
-  deinit { unsafe words.deallocate() }
-
-  // SAFETY (both): the index is below sixteen words.
-  @inline(__always)
-  func load(_ word: Word) -> UInt64 { unsafe clinux_load_relaxed_u64(words + 8 * word.rawValue) }
-  @inline(__always)
-  func store(_ word: Word, _ value: UInt64) { unsafe clinux_store_relaxed_u64(words + 8 * word.rawValue, value) }
-}
-
-/// What a lane counted while it was measured.
-struct LaneCounts: Sendable {
-  var reads: UInt64 = 0
-  var writes: UInt64 = 0
-  var flushes: UInt64 = 0
-  var errors: UInt64 = 0
-  var kicks: UInt64 = 0
-  var calls: UInt64 = 0
-  /// System calls of the tool's own.
-  var systemCalls: UInt64 = 0
-  /// Cycles in which the ring had nothing used, spinning or asleep.
-  var waitingCycles: UInt64 = 0
-
-  var requests: UInt64 { reads + writes + flushes }
-
-  static func + (a: LaneCounts, b: LaneCounts) -> LaneCounts {
-    LaneCounts(
-      reads: a.reads + b.reads, writes: a.writes + b.writes, flushes: a.flushes + b.flushes, errors: a.errors + b.errors,
-      kicks: a.kicks + b.kicks, calls: a.calls + b.calls, systemCalls: a.systemCalls + b.systemCalls,
-      waitingCycles: a.waitingCycles + b.waitingCycles)
-  }
-}
-
 /// One queue under load: `depth` requests in flight, each with a slot of header, data and status of its own. Nothing
 /// allocates and no pointer is looked up between a completion and the request that replaces it. In a split ring the slots
 /// are standing chains of three descriptors, so that a request writes a sector number and one entry of the ring.
 @safe
-struct BlockLane: ~Copyable, @unchecked Sendable {
+struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   // @unchecked: handed to one thread, which is the only one to touch it.
 
   var ring: ProbeRing
@@ -95,16 +45,13 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   private(set) var isBroken = false
 
   // Reads and writes apart, as fio tells them.
-  var counts = LaneCounts()
+  private(set) var counts = LaneCounts()
   var readLatency = LatencyHistogram()
   var writeLatency = LatencyHistogram()
   private var isMeasured = false
   /// When the ring was first found empty; 0 while there is something to do.
   private var idleSince: UInt64 = 0
-  /// Of the requests a second that this lane may make.
-  private let cyclesPerRequest: Double
-  private var issued: UInt64 = 0
-  private var firstCycle: UInt64 = 0
+  private var pacer: RatePacer
 
   /// Where a lane's slots lie, checked.
   @unsafe
@@ -166,7 +113,7 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
     sectorsPerBlock = UInt64(job.blockSize) / 512
     random = (job.seed &+ UInt64(ring.index) &+ 1) &* 0x9E37_79B9_7F4A_7C15
     cursor = blockCount / UInt64(max(1, job.queueCount)) * UInt64(ring.index % max(1, job.queueCount)) % blockCount
-    cyclesPerRequest = job.rate.map { rate.cyclesPerSecond * Double(job.queueCount) / Double($0) } ?? 0
+    pacer = RatePacer(rate: job.rate, laneCount: job.queueCount, rate)
     isStanding = ring.queue.allowsStandingChains && 3 * depth <= Int(ring.queue.configuration.size)
     self.ring = ring
     // SAFETY: `places` was checked for so many bytes.
@@ -206,10 +153,8 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
     return refill() || moved
   }
 
-  /// Many turns; true when the last of them moved something. Spinning goes on without, sleeping does not.
-  mutating func work(spinning: Bool) -> Bool {
-    // Bounded, so that the caller sees the end of the run.
-    for _ in 0..<256 {
+  mutating func work(turns: Int, spinning: Bool) -> Bool {
+    for _ in 0..<turns {
       if turn() { continue }
       if !spinning || isBroken || words.load(.phase) >= 2 { return false }
       clinux_pause()
@@ -313,14 +258,8 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   private mutating func refill() -> Bool {
     guard freeCount > 0 else { return false }
     let now = clinux_cycles()
-    var limit = freeCount
-    if cyclesPerRequest > 0 {
-      if firstCycle == 0 { firstCycle = now }
-      let due = UInt64(Double(now &- firstCycle) / cyclesPerRequest) &+ 1
-      limit = Int(min(UInt64(limit), due &- min(due, issued)))
-      issued &+= UInt64(limit)
-      if limit == 0 { return false }
-    }
+    let limit = pacer.take(freeCount, now)
+    if limit == 0 { return false }
     for _ in 0..<limit {
       freeCount -= 1
       // SAFETY: freeCount was above zero; slots are below depth.
@@ -441,33 +380,10 @@ struct BlockLane: ~Copyable, @unchecked Sendable {
   }
 
   /// Whether requests wait only for their time.
-  var waitsForRate: Bool { cyclesPerRequest > 0 && freeCount > 0 }
-}
+  var waitsForRate: Bool { pacer.isLimiting && freeCount > 0 }
 
-/// How fast the time stamp counter runs, measured against the clock.
-struct CycleRate: Sendable {
-  let cyclesPerSecond: Double
-  /// Nanoseconds per cycle in 2^-32.
-  private let scale: UInt64
+  var callDescriptors: [CInt] { [ring.call.fd.rawValue] }
+  var ringIndex: Int { ring.index }
 
-  init(cyclesPerSecond: Double) {
-    self.cyclesPerSecond = cyclesPerSecond
-    scale = UInt64(1e9 / cyclesPerSecond * 4_294_967_296)
-  }
-
-  /// Takes 20 ms.
-  static func measured() -> CycleRate {
-    let begin = MonotonicTime.now
-    let first = clinux_cycles()
-    usleep(20_000)
-    let last = clinux_cycles()
-    let elapsed = MonotonicTime.now.since(begin)
-    return CycleRate(cyclesPerSecond: Double(last &- first) / (Double(elapsed.nanoseconds) / 1e9))
-  }
-
-  @inline(__always)
-  func nanoseconds(_ cycles: UInt64) -> UInt64 {
-    let product = cycles.multipliedFullWidth(by: scale)
-    return product.high << 32 | product.low >> 32
-  }
+  mutating func quieten() { ring.queue.disableCalls() }
 }

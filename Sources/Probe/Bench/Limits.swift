@@ -12,11 +12,11 @@ struct LimitResult: Sendable {
   var ringRequestsPerSecond: Double?
   var ringProblem: String?
 
-  static func measure(_ job: BlockJob, file: String?, _ rate: CycleRate) -> LimitResult {
+  static func measure(blockSize: Int, _ job: BlockJob?, file: String?) -> LimitResult {
     var result = LimitResult()
     result.eventRoundTripsPerSecond = eventRoundTrips(for: .milliseconds(200))
-    result.copiesPerSecond = copies(of: Int(job.blockSize), for: .milliseconds(200))
-    guard let file else { return result }
+    result.copiesPerSecond = copies(of: blockSize, for: .milliseconds(200))
+    guard let file, let job else { return result }
     do throws(SystemError) {
       result.ringRequestsPerSecond = try ringRequests(job, file, for: min(job.runtime, .seconds(1)))
     } catch {

@@ -35,7 +35,7 @@ extension Verb {
 
 /// A run over the cases.
 package struct Check {
-  static let all = ProtocolCases.all + RingCases.all + BlockCases.all + OtherCases.all
+  static let all = ProtocolCases.all + RingCases.all + BlockCases.all + OtherCases.all + SpecialCases.all
 
   private let target: Target
   private let options: Options

@@ -95,7 +95,7 @@ final class FaultContext {
   func negotiated() throws(ProbeError) -> Link {
     var link = try open()
     try link.negotiate()
-    try link.accept(offer.features.intersection([.version1, .indirectDescriptors]))
+    try link.accept(offer.features.intersection(.version1))
     return link
   }
 
@@ -153,7 +153,8 @@ final class FaultContext {
   private func serve() -> String? {
     do {
       if RingClient.ping(device) != nil {
-        let client = try RingClient(target, device, RingClient.Setup(), trace: Trace())
+        // As attacks begin, so that the only difference is what they do.
+        let client = try RingClient(target, device, RingClient.Setup(ringSize: 16), trace: Trace())
         try client.ping()
       } else {
         var link = try Link(target, trace: Trace())

@@ -15,6 +15,7 @@ extension Verb {
       """,
     options: [
       OptionRow("only", "TEXT", "only cases whose id begins so (commas between several)"),
+      OptionRow("exact", nil, "--only names whole ids"),
       OptionRow("skip", "TEXT", "leave out cases whose id begins so (commas between several)"),
       OptionRow("list", nil, "print ids and sentences of all cases, and run nothing"),
       OptionRow("format", "FORMAT", "text, tap, junit or json (default text)"),
@@ -62,8 +63,9 @@ package final class Faults {
     let context = FaultContext(target, card.guess.device, card.offer)
     let only = options.text("only").map { $0.split(separator: ",").map(String.init) }
     let skip = options.text("skip").map { $0.split(separator: ",").map(String.init) } ?? []
+    let isExact = options.has("exact")
     let chosen = Self.all.filter { item in
-      (only?.contains { item.id.hasPrefix($0) } ?? true) && !skip.contains { item.id.hasPrefix($0) }
+      (only?.contains { isExact ? item.id == $0 : item.id.hasPrefix($0) } ?? true) && !skip.contains { item.id.hasPrefix($0) }
     }
     guard !chosen.isEmpty else { throw .badOption("only", why: "fits no case; --list shows them") }
     var results: [FaultResult] = []

@@ -135,6 +135,7 @@ package final class Verifier {
     // With an inflight area the back end itself knows what was taken; the base is what was given back.
     let used = arena.memory.load(UInt16.self, at: GuestAddress(made.queue.configuration.device.rawValue + 2)) ?? 0
     try link.start(made, base: UInt32(used))
+    try link.ready()
     made.kick.signal()
     self.ring = consume made
     self.link = consume link

@@ -1,0 +1,116 @@
+import CLinux
+import Glibc
+import HostSystem
+import VhostUser
+
+/// Says the front end's half of a recording to a back end, and compares what comes back.
+final class Replayer {
+  private let target: Target
+  private let interruption: Interruption
+  private(set) var sentCount = 0
+  private(set) var replyCount = 0
+  private(set) var differences: [String] = []
+  private let isVerbose: Bool
+
+  init(_ target: Target, _ interruption: Interruption, verbose: Bool) {
+    self.target = target
+    self.interruption = interruption
+    isVerbose = verbose
+  }
+
+  func run(_ recording: Recording) throws(ProbeError) {
+    for (index, lines) in recording.connections.enumerated() where !lines.isEmpty && !interruption.happened {
+      try replay(lines, "connection \(index + 1)")
+    }
+  }
+
+  private func replay(_ lines: [Recording.Line], _ place: String) throws(ProbeError) {
+    var link = try Link(target)
+    var kept: [Held] = []
+    for (index, line) in lines.enumerated() where line.side == .frontEnd {
+      if interruption.isRequested { return }
+      let words = MessageText.request(line.header, line.payload)
+      let isInflight = line.header.request == FrontEndRequest.setInflightFD.rawValue
+      var numbers: [CInt] = []
+      for attachment in line.attachments {
+        if isInflight, let area = kept.last(where: { $0.isInflight }) {
+          numbers.append(area.fd.rawValue)
+          continue
+        }
+        let held = Held(try Self.make(attachment))
+        numbers.append(held.fd.rawValue)
+        kept.append(held)
+      }
+      if isVerbose { Output.line("> \(words)") }
+      do throws(ProbeError) { try link.tell(line.header, line.payload, descriptors: numbers, name: words) } catch {
+        differences.append("\(place), message \(index + 1), \(words): \(target.explaining(error))")
+        return
+      }
+      sentCount += 1
+      guard let reply = Self.recordedReply(lines, after: index) else { continue }
+      do throws(ProbeError) {
+        guard var answer = try link.hear() else {
+          differences.append(
+            "\(place), message \(index + 1), \(words): no answer; the recording has: \(MessageText.reply(reply.header, reply.payload))")
+          return
+        }
+        replyCount += 1
+        if line.header.request == FrontEndRequest.getInflightFD.rawValue, let fd = answer.descriptors.takeFirst() {
+          kept.append(Held(fd, isInflight: true))
+        }
+        let now = MessageText.reply(answer.header, answer.payload)
+        if isVerbose { Output.line("< \(now)") }
+        if let difference = Self.difference(reply, answer.header, answer.payload) {
+          differences.append(
+            "\(place), message \(index + 1), \(words): \(difference)\n    recorded: \(MessageText.reply(reply.header, reply.payload))\n    now:      \(now)"
+          )
+        }
+      } catch {
+        differences.append("\(place), message \(index + 1), \(words): \(target.explaining(error))")
+        return
+      }
+    }
+  }
+
+  private final class Held {
+    let fd: OwnedFD
+    let isInflight: Bool
+    init(_ fd: consuming OwnedFD, isInflight: Bool = false) {
+      self.fd = fd
+      self.isInflight = isInflight
+    }
+  }
+
+  /// The answer to message `index`: the back end's next reply to that request before the front end's next message.
+  private static func recordedReply(_ lines: [Recording.Line], after index: Int) -> Recording.Line? {
+    for line in lines[(index + 1)...] {
+      if line.side == .frontEnd { return nil }
+      if line.header.flags.contains(.reply), line.header.request == lines[index].header.request { return line }
+    }
+    return nil
+  }
+
+  /// How an answer differs from the recorded one. Where a ring stands is not compared: nothing was in the rings.
+  private static func difference(_ recorded: Recording.Line, _ header: MessageHeader, _ payload: [UInt8]) -> String? {
+    if header.request != recorded.header.request { return "another request is answered" }
+    if header.flags != recorded.header.flags { return "the flags differ" }
+    if payload.count != recorded.payload.count { return "the lengths differ" }
+    let compared = header.request == FrontEndRequest.getVringBase.rawValue ? 4 : payload.count
+    return payload.prefix(compared).elementsEqual(recorded.payload.prefix(compared)) ? nil : "the answers differ"
+  }
+
+  /// Something of the same kind, empty.
+  private static func make(_ attachment: Recording.Attachment) throws(ProbeError) -> OwnedFD {
+    try wrapping { () throws(SystemError) in
+      switch attachment {
+      case .memory(let byteCount): return try SharedMemory.sealed(name: "martlet-probe", byteCount: max(4096, byteCount))
+      case .event, .other: return try EventFD().fd.duplicate()
+      case .socket, .pipe:
+        return try UnixSocket.pair(.stream).split { ours, theirs in
+          _ = consume ours
+          return theirs
+        }
+      }
+    }
+  }
+}
