@@ -99,6 +99,7 @@ let programs: [Target] = [
   program("martlet-console", ["HostSystem", "ConsoleDevice"]),
   program("martlet-template", ["HostSystem", "VirtioSpec", "VirtioQueue", "BackendKit"]),
   program("martlet-probe", ["Probe"]),
+  program("martlet-jail", ["HostSystem", "Supervision"]),
 ]
 
 let everything = [

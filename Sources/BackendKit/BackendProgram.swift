@@ -117,6 +117,8 @@ public struct BackendProgram: Sendable {
   ) throws(BackendError) -> CInt {
     do {
       Signals.ignoreBrokenPipes()
+      // Without a supervisor memory need not be sealed; who cuts it off shall lose the connection, not end the program.
+      if !launch.isSupervised { clinux_bus_guard() }
       let signals = try Signals.descriptor(for: [SIGTERM, SIGINT])
       let ready = try ReadyPort(launch.readyFD)
       var context = try BackendContext()

@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import HostSystem
 import VhostUser
@@ -104,6 +105,8 @@ extension BackendServer where Device: ~Copyable {
     var connection = BackEndConnection(socket, offer: offer)
     let number = connection.socketNumber
     try context.loop.add(number: number, for: .readable, token: .control)
+    clinux_bus_peer(number)
+    defer { clinux_bus_peer(-1) }
     let end = try loop(&connection, signals)
     context.loop.remove(number: number)
     do { try disconnect() } catch { return .failed("The device cannot be stopped: \(error.why)") }

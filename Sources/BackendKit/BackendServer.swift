@@ -24,7 +24,9 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   init(_ device: consuming Device, _ context: consuming BackendContext, allowsUnsealedMemory: Bool) throws(SystemError) {
     let profile = device.profile
     var rings: [RingRecord] = []
-    for index in 0..<profile.queueCount { rings.append(RingRecord(index: index, ports: try QueuePorts())) }
+    for index in 0..<profile.queueCount {
+      rings.append(RingRecord(index: index, ports: try QueuePorts(asksForRoom: profile.kickWaiter == .loop)))
+    }
     let store =
       profile.recordsInflight
       ? try InflightStore(queueCount: profile.queueCount, greatestQueueSize: profile.greatestQueueSize) : nil
@@ -145,7 +147,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
       } catch MemoryError.notSealed where allowsUnsealedMemory {
         if !hasWarnedOfUnsealed {
           hasWarnedOfUnsealed = true
-          Log.warning("Guest memory is not sealed against shrinking: a front end that truncates it ends this process")
+          Log.warning("Guest memory is not sealed against shrinking: a front end that truncates it loses its connection")
         }
         return try MemoryRegion.mapping(
           fd, guestAddress: address, byteCount: description.size, frontEndAddress: description.userAddress,

@@ -11,8 +11,12 @@ public final class QueuePorts: Sendable {
   private let nowhere: EventFD
   private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
+  /// The thread that calls is the one that hears the front end. It must not wait in a call: a front end can make its eventfd
+  /// blocking and full. Asking before costs a system call; a thread of the device's own is let go by `makeRoomForCalls`.
+  @usableFromInline let asksForRoom: Bool
 
-  init() throws(SystemError) {
+  init(asksForRoom: Bool) throws(SystemError) {
+    self.asksForRoom = asksForRoom
     // Dummies until the front end sends its own: a call before that goes nowhere, as the protocol has it.
     callPort = try EventFD()
     errorPort = try EventFD()
@@ -22,14 +26,19 @@ public final class QueuePorts: Sendable {
 
   @inlinable @inline(__always)
   func call() {
+    if asksForRoom, !callPort.hasRoomNow() { return }
     callPort.signal()
     counters.calls.add(1)
   }
 
+  /// Lets go a thread that waits in a call, by taking what the front end has filled its own eventfd with. Called again while
+  /// the thread does not come back.
+  public func makeRoomForCalls() { callPort.makeRoom() }
+
   /// Tells the front end that the ring is broken; false when it was told already.
   func signalError() -> Bool {
     let isFirst = !hasSignalledError.exchange(true, ordering: .relaxed)
-    if isFirst { errorPort.signal() }
+    if isFirst, errorPort.hasRoomNow() { errorPort.signal() }
     return isFirst
   }
 
@@ -43,7 +52,7 @@ public final class QueuePorts: Sendable {
     case .none: try Self.put(nowhere.fd.rawValue, under: callPort.fd.rawValue)
     }
     // Covers a call that was lost between the old descriptor and the new one; a needless call is allowed.
-    callPort.signal()
+    if callPort.hasRoomNow() { callPort.signal() }
   }
 
   func replaceError(_ fd: borrowing OwnedFD) throws(SystemError) { try Self.put(fd.rawValue, under: errorPort.fd.rawValue) }

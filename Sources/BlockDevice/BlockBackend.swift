@@ -21,7 +21,7 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
   private var usesRing = false
   private var usesCalls = false
   /// Queues a worker has.
-  private var running: Set<Int> = []
+  private var running: [Int: QueuePorts] = [:]
 
   /// - Parameters:
   ///   - blockSize: the logical block the guest sees; nil for the image's own.
@@ -94,14 +94,14 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
 
   package mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
     let index = queue.index
-    running.insert(index)
+    running[index] = queue.ports
     desks[index].give(.serve(queue))
   }
 
   package mutating func stop(queue index: Int, _ context: inout BackendContext) throws(BackendError) -> DeviceQueue? {
-    guard running.remove(index) != nil else { return nil }
+    guard let ports = running.removeValue(forKey: index) else { return nil }
     desks[index].give(.stop)
-    do { return try desks[index].collect() } catch { throw .system(error) }
+    do { return try desks[index].collect(ports) } catch { throw .system(error) }
   }
 
   package mutating func reset(_ context: inout BackendContext) { space.reset() }

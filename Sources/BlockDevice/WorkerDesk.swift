@@ -47,11 +47,14 @@ final class WorkerDesk: Sendable {
     orders.signal()
   }
 
-  /// Waits for the queue that was ordered back.
-  func collect() throws(SystemError) -> DeviceQueue? {
+  /// How long a worker may take before it is looked whether a call holds it up.
+  private static let patience = Duration.milliseconds(20)
+
+  /// Waits for the queue that was ordered back, whose calls go to `ports`.
+  func collect(_ ports: QueuePorts) throws(SystemError) -> DeviceQueue? {
     while true {
       if let queue = drawer.withLock({ $0.delivered.take() }) { return queue }
-      try deliveries.fd.waitUntil(.readable)
+      if try !deliveries.fd.waitUntil(.readable, timeout: Self.patience) { ports.makeRoomForCalls() }
       deliveries.drain()
     }
   }

@@ -9,10 +9,12 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -103,4 +105,49 @@ int clinux_ptrace(int request, int thread, unsigned long address, unsigned long 
 int clinux_wait_thread(int thread, int *status, int blocking) {
   int result = waitpid(thread, status, __WALL | __WNOTHREAD | (blocking ? 0 : WNOHANG));
   return result < 0 ? -errno : result;
+}
+
+int clinux_spawn_traced(char *const arguments[]) {
+  pid_t child = fork();
+  if (child < 0) return -errno;
+  if (child == 0) {
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    if (ptrace(PTRACE_TRACEME, 0, 0, 0) < 0) _exit(126);
+    raise(SIGSTOP);
+    execvp(arguments[0], arguments);
+    _exit(errno == ENOENT ? 127 : 126);
+  }
+  return (int)child;
+}
+
+int clinux_trace_call(int thread, uint64_t words[7]) {
+  struct {
+    uint8_t kind;
+    uint8_t padding[3];
+    uint32_t architecture;
+    uint64_t instruction, stack;
+    uint64_t words[8];
+  } info;
+  memset(&info, 0, sizeof info);
+  long got = ptrace((enum __ptrace_request)0x420e, thread, (void *)sizeof info, &info); // PTRACE_GET_SYSCALL_INFO
+  if (got < 0) return -errno;
+  for (int i = 0; i < 7; i++) words[i] = info.words[i];
+  return info.kind;
+}
+
+long clinux_read_memory(int process, uint64_t address, void *buffer, unsigned long capacity) {
+  unsigned long done = 0;
+  while (done < capacity) {
+    unsigned long part = 4096 - ((address + done) & 4095);
+    if (part > capacity - done) part = capacity - done;
+    struct iovec ours = {(char *)buffer + done, part};
+    struct iovec theirs = {(void *)(uintptr_t)(address + done), part};
+    ssize_t got = process_vm_readv(process, &ours, 1, &theirs, 1, 0);
+    if (got < 0) return done ? (long)done : -errno;
+    done += (unsigned long)got;
+    if ((unsigned long)got < part || memchr((char *)buffer + done - got, 0, (size_t)got)) break;
+  }
+  return (long)done;
 }

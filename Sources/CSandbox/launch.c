@@ -21,10 +21,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+static void fail_at(int pipe, enum csandbox_step step, int error, int detail) __attribute__((noreturn));
 static void fail(int pipe, enum csandbox_step step, int error) __attribute__((noreturn));
 
-static void fail(int pipe, enum csandbox_step step, int error) {
-  struct csandbox_report report = {.step = step, .error = error};
+static void fail(int pipe, enum csandbox_step step, int error) { fail_at(pipe, step, error, -1); }
+
+static void fail_at(int pipe, enum csandbox_step step, int error, int detail) {
+  struct csandbox_report report = {.step = step, .error = error, .detail = detail};
   ssize_t ignored = write(pipe, &report, sizeof report);
   (void)ignored;
   _exit(127);
@@ -53,11 +56,15 @@ static int arrange(const struct csandbox_launch *launch, int *executable, int *p
   if (high_executable < 0 || high_pipe < 0) return errno;
   *pipe = high_pipe;
   for (int i = 0; i < count; i++) {
+    moved[i] = -1;
+    if (launch->descriptors[i] < 0) continue;
     moved[i] = fcntl(launch->descriptors[i], F_DUPFD_CLOEXEC, floor);
     if (moved[i] < 0) return errno;
   }
-  for (int i = 0; i < count; i++)
-    if (dup3(moved[i], i, 0) < 0) return errno;
+  for (int i = 0; i < count; i++) {
+    if (moved[i] < 0) close(i);
+    else if (dup3(moved[i], i, 0) < 0) return errno;
+  }
   if (dup3(high_executable, count, O_CLOEXEC) < 0) return errno;
   if (dup3(high_pipe, count + 1, O_CLOEXEC) < 0) return errno;
   if (*executable >= 0) *executable = count;
@@ -129,12 +136,16 @@ static int has_effective_capability(int number) {
   return (data[number / 32].effective >> (number % 32)) & 1;
 }
 
+static uint64_t kept(const struct csandbox_launch *launch) { return launch->jail ? launch->jail->capabilities : 0; }
+
 // uid 0 means nothing, and no ambient capability can be had, for ever. Keep-caps stays open: libcap-ng uses it next, and
 // exec clears it.
-static int lock_secure_bits(void) {
+static int lock_secure_bits(const struct csandbox_launch *launch) {
   if (!has_effective_capability(CAP_SETPCAP)) return 0; // an ordinary user: no_new_privs does the same
   unsigned long bits = SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE |
                        SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED;
+  // Capabilities that are kept reach the program by the ambient set only.
+  if (kept(launch)) bits &= ~(unsigned long)(SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED);
   return prctl(PR_SET_SECUREBITS, bits, 0, 0, 0) < 0 ? errno : 0;
 }
 
@@ -155,16 +166,50 @@ static int drop_privileges(const struct csandbox_launch *launch) {
   return 0;
 }
 
+// A program of others that keeps some: libcap-ng would empty the bounding set, where the kept ones must stay, because a
+// program that lays them down itself wants to take them out.
+static int drop_all_but_kept(const struct csandbox_launch *launch) {
+  uint64_t wanted = kept(launch);
+  if (has_effective_capability(CAP_SETPCAP))
+    for (int number = 0; number < 64; number++)
+      if (!(wanted >> number & 1) && prctl(PR_CAPBSET_DROP, number, 0, 0, 0) < 0) {
+        if (errno == EINVAL) break; // beyond the last one
+        return errno;
+      }
+  if (launch->change_identity) {
+    if (prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0 || syscall(SYS_setgroups, 0, NULL) < 0) return errno;
+    if (setresgid(launch->gid, launch->gid, launch->gid) < 0 || setresuid(launch->uid, launch->uid, launch->uid) < 0) return errno;
+  }
+  if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0) return errno;
+  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  struct __user_cap_data_struct data[2];
+  for (int i = 0; i < 2; i++)
+    data[i].effective = data[i].permitted = data[i].inheritable = (uint32_t)(wanted >> (32 * i));
+  return syscall(SYS_capset, &header, data) < 0 ? errno : 0;
+}
+
+// What exec would take away goes into the ambient set.
+static int keep_capabilities(const struct csandbox_launch *launch) {
+  for (int number = 0; number < 64; number++) {
+    if (!(kept(launch) >> number & 1)) continue;
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0) < 0) return errno;
+  }
+  return 0;
+}
+
 // By system calls and not by libcap-ng: a second reader, which needs no /proc.
 static int verify(const struct csandbox_launch *launch, int could_clear_bounding) {
   struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
   struct __user_cap_data_struct data[2] = {{0}, {0}};
   if (syscall(SYS_capget, &header, data) < 0) return errno;
-  for (int i = 0; i < 2; i++)
-    if (data[i].effective | data[i].permitted | data[i].inheritable) return EPERM;
+  for (int i = 0; i < 2; i++) {
+    uint32_t wanted = (uint32_t)(kept(launch) >> (32 * i));
+    if ((data[i].effective | data[i].permitted | data[i].inheritable) & ~wanted || data[i].permitted != wanted) return EPERM;
+  }
   for (int number = 0; number < 64; number++) {
     int bounding = prctl(PR_CAPBSET_READ, number, 0, 0, 0);
     if (bounding < 0) break; // beyond the last one
+    if (kept(launch) >> number & 1) continue;
     if (could_clear_bounding && bounding == 1) return EPERM;
     if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, number, 0, 0) == 1) return EPERM;
   }
@@ -175,6 +220,7 @@ static int verify(const struct csandbox_launch *launch, int could_clear_bounding
   if (real != launch->uid || effective != launch->uid || saved != launch->uid) return EPERM;
   if (real_group != launch->gid || effective_group != launch->gid || saved_group != launch->gid) return EPERM;
   if (getgroups(0, NULL) != 0) return EPERM;
+  if (launch->uid == 0 || kept(launch) >> CAP_SETUID & 1 || kept(launch) >> CAP_SETGID & 1) return 0; // as the profile says
   if (setresuid(0, 0, 0) == 0 || setresgid(0, 0, 0) == 0) return EPERM; // it could be regained
   return 0;
 }
@@ -199,20 +245,29 @@ static void child(const struct csandbox_launch *launch, int pipe, struct parent 
   int error;
   if (setsid() < 0) fail(pipe, CSANDBOX_SESSION, errno);
   if (reset_signals() < 0) fail(pipe, CSANDBOX_SIGNALS, errno);
+  const struct csandbox_jail *jail = launch->jail;
+  int detail = -1;
+  if (launch->namespaces & CLONE_NEWUSER && (error = map_user(parent.uid, parent.gid))) fail(pipe, CSANDBOX_USER_MAP, error);
+  // The descriptors of its mounts' owners are among those that `arrange` closes.
+  if (jail && (error = csandbox_enter_jail(jail, &detail))) fail_at(pipe, CSANDBOX_DIRECTORY, error, detail);
   if ((error = arrange(launch, &executable, &pipe))) fail(pipe, CSANDBOX_DESCRIPTORS, error);
   umask(077);
-  if (launch->namespaces & CLONE_NEWUSER && (error = map_user(parent.uid, parent.gid))) fail(pipe, CSANDBOX_USER_MAP, error);
-  error = launch->namespaces & CLONE_NEWNS ? enter_empty_root() : chdir("/") < 0 ? errno : 0;
-  if (error) fail(pipe, CSANDBOX_DIRECTORY, error);
+  if (!jail) {
+    error = launch->namespaces & CLONE_NEWNS ? enter_empty_root() : chdir("/") < 0 ? errno : 0;
+    if (error) fail(pipe, CSANDBOX_DIRECTORY, error);
+  }
   if (launch->namespaces & CLONE_NEWUTS && (sethostname("martlet", 7) < 0 || setdomainname("", 0) < 0))
     fail(pipe, CSANDBOX_HOST_NAME, errno);
   if ((error = set_limit(RLIMIT_CORE, 0)) || (error = set_limit(RLIMIT_MSGQUEUE, 0)) ||
       (error = set_limit(RLIMIT_RTPRIO, 0)) || (error = set_limit(RLIMIT_NOFILE, launch->file_limit)) ||
       (launch->process_limit && (error = set_limit(RLIMIT_NPROC, launch->process_limit))))
     fail(pipe, CSANDBOX_LIMITS, error);
-  if ((error = lock_secure_bits())) fail(pipe, CSANDBOX_SECURE_BITS, error);
+  for (int i = 0; jail && i < jail->limit_count; i++)
+    if ((error = set_limit((int)jail->limits[i].resource, jail->limits[i].value))) fail(pipe, CSANDBOX_LIMITS, error);
+  if ((error = lock_secure_bits(launch))) fail(pipe, CSANDBOX_SECURE_BITS, error);
   int could_clear_bounding = has_effective_capability(CAP_SETPCAP);
-  if ((error = drop_privileges(launch))) fail(pipe, CSANDBOX_IDENTITY, error);
+  if ((error = kept(launch) ? drop_all_but_kept(launch) : drop_privileges(launch))) fail(pipe, CSANDBOX_IDENTITY, error);
+  if ((error = keep_capabilities(launch))) fail(pipe, CSANDBOX_IDENTITY, error);
   if ((error = verify(launch, could_clear_bounding))) fail(pipe, CSANDBOX_VERIFICATION, error);
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) fail(pipe, CSANDBOX_NO_NEW_PRIVILEGES, errno);
   // A change of identity clears this setting and exec does not (no set-user-ID program is run), so it stands here.
@@ -221,7 +276,9 @@ static void child(const struct csandbox_launch *launch, int pipe, struct parent 
   if (executable < 0) _exit(0);
   // Swift's runtime would look for its crash reporter by /proc/self/exe, and dies where there is no /proc.
   char *const environment[] = {"SWIFT_BACKTRACE=enable=no,swift-backtrace=/", NULL};
-  syscall(SYS_execveat, executable, "", launch->arguments, environment, 0x1000 /* AT_EMPTY_PATH */);
+  if (jail && (error = csandbox_restrict_to_jail(jail, &detail))) fail_at(pipe, CSANDBOX_RESTRICTION, error, detail);
+  syscall(SYS_execveat, executable, "", launch->arguments, jail ? jail->environment : environment, 0x1000 /* AT_EMPTY_PATH */,
+          jail ? jail->cookie : 0);
   fail(pipe, CSANDBOX_EXEC, errno);
 }
 

@@ -7,7 +7,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   package var summary: String {
     switch self {
     case .info: "state, size and uptime of the VM and its processes"
-    case .devices: "each device's program, pid, uid, state, queues and negotiated features"
+    case .devices: "each device's program, pid, uid, processor time, state, queues and features"
     case .pause: "stop the processors"
     case .resume: "let the processors go on"
     case .powerButton: "press the power button; the guest decides what follows"

@@ -97,10 +97,12 @@ extension VMConfiguration {
       default: break
       }
     }
-    for disk in disks { if case .socket(let path) = disk.source { sockets.append((path, "disk \(disk.id)")) } }
-    for net in nets { if case .socket(let path) = net.source { sockets.append((path, "net \(net.id)")) } }
+    for (id, place) in disks.map({ ($0.id, "disk \($0.id)") }) + nets.map({ ($0.id, "net \($0.id)") })
+      + generics.map({ ($0.id, "device \($0.id)") })
+    {
+      if let path = externalSocket(of: id) { sockets.append((path, place)) }
+    }
     for fileSystem in fileSystems { sockets.append((fileSystem.socket, "file system \(fileSystem.id)")) }
-    for generic in generics { sockets.append((generic.socket, "device \(generic.id)")) }
     try Self.checkUnique(sockets, remedy: "give each a path of its own, not both")
     for (index, fileSystem) in fileSystems.enumerated() {
       if let other = fileSystems[..<index].first(where: { $0.tag == fileSystem.tag }) {
@@ -112,6 +114,9 @@ extension VMConfiguration {
     var images: [(path: String, place: String, readOnly: Bool)] = []
     for disk in disks {
       if case .image(let path, let readOnly) = disk.source { images.append((path, "disk \(disk.id)", readOnly)) }
+      if case .external(.program(let program)) = disk.source, let path = program.path {
+        images.append((path, "disk \(disk.id)", false))
+      }
     }
     for (index, image) in images.enumerated() {
       for other in images[..<index] where other.path == image.path && !(other.readOnly && image.readOnly) {

@@ -60,8 +60,10 @@ extension VMConfiguration {
   ]
 
   private static let vhostUserKeys = [
-    KeyDescription("vhost_user", "on|off", "served by a back end that was started by hand"),
-    KeyDescription("socket", "PATH", "listening socket of that back end"),
+    KeyDescription("vhost_user", "on|off", "served by a back end of somebody else's"),
+    KeyDescription("socket", "PATH", "listening socket of that back end, started by hand"),
+    KeyDescription("program", "\"WORD ...\"", "or: the back end to start, in a jail; {listen}, {fd} or {socket} in it"),
+    KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
   ]
 
   private static let deviceOptions: [Option] = [
@@ -83,8 +85,8 @@ extension VMConfiguration {
         throw values.bad("serial", "at most \(Limits.serial) printable ASCII characters")
       }
       let source: Disk.Source
-      if let socket = try values.vhostUserSocket(excluding: ["path", "readonly", "serial"]) {
-        source = .socket(socket)
+      if let external = try values.external(excluding: ["path", "readonly", "serial"]) {
+        source = .external(external)
       } else {
         guard let path = try values.path("path") else {
           throw .missingKey(option: values.option, key: "path", example: values.example)
@@ -109,8 +111,8 @@ extension VMConfiguration {
       example: "--net tap=tap0"
     ) { (draft, values) throws(ConfigurationError) in
       let source: Net.Source
-      if let socket = try values.vhostUserSocket(excluding: ["tap"]) {
-        source = .socket(socket)
+      if let external = try values.external(excluding: ["tap"]) {
+        source = .external(external)
       } else {
         let tap = try values.required("tap")
         guard (1...Limits.interfaceName).contains(tap.utf8.count), tap != ".", tap != "..",
@@ -172,7 +174,10 @@ extension VMConfiguration {
     Option(
       "generic-vhost-user",
       .list(keys: [
-        KeyDescription("socket", "PATH", required: true, "listening socket of the back end"),
+        KeyDescription("socket", "PATH", "listening socket of the back end, started by hand"),
+        KeyDescription("program", "\"WORD ...\"", "or: the back end to start, in a jail; {listen}, {fd} or {socket} in it"),
+        KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
+        KeyDescription("path", "FILE|DIRECTORY", "what that program serves; {path} in it and in the profile"),
         KeyDescription("device_type", "NAME|ID", required: true, "virtio device type, such as fs or 26"),
         KeyDescription("queue_sizes", "[N,...]", required: true, "descriptors of each queue"),
         KeyDescription("id", "NAME", "name of the device"),
@@ -190,10 +195,10 @@ extension VMConfiguration {
       }
       let sizes = numbers.compactMap(checkedQueueSize)
       guard !sizes.isEmpty, sizes.count == numbers.count else { throw values.bad("queue_sizes", rule) }
-      guard let socket = try values.socketPath("socket") else {
+      guard values.has(key: "socket") || values.has(key: "program") else {
         throw .missingKey(option: values.option, key: "socket", example: values.example)
       }
-      let generic = GenericVhostUser(id: "", socket: socket, deviceType: type, queueSizes: sizes)
+      let generic = GenericVhostUser(id: "", source: try values.externalSource(), deviceType: type, queueSizes: sizes)
       draft.add(.generic(generic), id: try values.id(), option: values.option)
     },
   ]
@@ -301,20 +306,69 @@ extension OptionValues {
     return policy
   }
 
-  /// The socket of an external back end when `vhost_user=on`; nil when we serve the device ourselves.
-  fileprivate func vhostUserSocket(excluding keys: [String]) throws(ConfigurationError) -> String? {
+  /// Who serves the device when `vhost_user=on`; nil when we do it ourselves.
+  fileprivate func external(excluding keys: [String]) throws(ConfigurationError) -> VMConfiguration.External? {
     guard try onOff("vhost_user", default: false) else {
-      if has(key: "socket") {
-        throw .conflict("--\(option) socket=", "vhost_user=off", remedy: "add vhost_user=on or leave out socket=")
+      for key in ["socket", "program", "jail"] where has(key: key) {
+        throw .conflict("--\(option) \(key)=", "vhost_user=off", remedy: "add vhost_user=on or leave out \(key)=")
       }
       return nil
     }
-    for key in keys where has(key: key) {
+    for key in keys where has(key: key) && !(key == "path" && has(key: "program")) {
       throw .conflict("--\(option) vhost_user=on", "\(key)=", remedy: "leave out \(key)=, the back end decides it")
     }
-    guard let path = try socketPath("socket") else {
+    guard has(key: "socket") || has(key: "program") else {
       throw .missingKey(option: option, key: "socket", example: "--\(option) vhost_user=on,socket=backend.sock")
     }
-    return path
+    return try externalSource()
+  }
+
+  /// A socket, or a program with its jail.
+  fileprivate func externalSource() throws(ConfigurationError) -> VMConfiguration.External {
+    guard let text = self["program"] else {
+      for key in ["jail", "path"] where has(key: key) {
+        throw .conflict("--\(option) socket=", "\(key)=", remedy: "\(key)= goes with program=; leave out one of them")
+      }
+      guard let path = try socketPath("socket") else { throw bad("socket", "a socket path of 1 to 107 bytes") }
+      return .socket(path)
+    }
+    if has(key: "socket") { throw .conflict("--\(option) socket=", "program=", remedy: "leave out one of them") }
+    guard let profile = try path("jail") else {
+      throw .missingKey(option: option, key: "jail", example: "--\(option) ...,program=\"...\",jail=backend.jail")
+    }
+    guard let words = Self.words(text), !words.isEmpty, words.count <= 256, !text.utf8.contains(0) else {
+      throw bad("program", "the program and its arguments, blanks between them, 'single quotes' around what has blanks")
+    }
+    let program = VMConfiguration.JailedProgram(words: words, profile: profile, path: try path("path"))
+    let conventions = VMConfiguration.JailedProgram.Convention.allCases.filter { convention in
+      words.contains { VMConfiguration.JailedProgram.contains($0, convention.rawValue) }
+    }
+    guard conventions.count == 1 else {
+      throw bad("program", "exactly one of {listen}, {fd} and {socket} among its arguments, which is how it gets its connection")
+    }
+    if program.path == nil, words.contains(where: { VMConfiguration.JailedProgram.contains($0, "{path}") }) {
+      throw .missingKey(option: option, key: "path", example: "path=FILE, which {path} in program= stands for")
+    }
+    return .program(program)
+  }
+
+  /// Words at blanks; 'single quotes' keep blanks together. Nil when one is not closed.
+  private static func words(_ text: String) -> [String]? {
+    var words: [String] = []
+    var word: String?
+    var isQuoted = false
+    for character in text {
+      switch character {
+      case "'":
+        isQuoted.toggle()
+        word = word ?? ""
+      case " " where !isQuoted, "\n" where !isQuoted, "\t" where !isQuoted:
+        if let done = word { words.append(done) }
+        word = nil
+      default: word = (word ?? "") + String(character)
+      }
+    }
+    if let done = word { words.append(done) }
+    return isQuoted ? nil : words
   }
 }

@@ -45,11 +45,54 @@ package struct VMConfiguration: Equatable, Sendable {
     package var limit = 5
   }
 
+  /// A back end of somebody else's that the supervisor starts, in a jail.
+  package struct JailedProgram: Equatable, Sendable {
+    /// The program and its arguments, with `{fd}`, `{listen}`, `{socket}`, `{path}`, `{id}` and `{name}` still in them.
+    package var words: [String]
+    /// Path of its profile.
+    package var profile: String
+    /// The file or directory that it serves.
+    package var path: String?
+
+    package init(words: [String], profile: String, path: String? = nil) {
+      self.words = words
+      self.profile = profile
+      self.path = path
+    }
+
+    /// How it gets its vhost-user connection.
+    package enum Convention: String, CaseIterable, Sendable {
+      /// The number of a connected socket.
+      case connected = "{fd}"
+      /// The number of a listening socket on which a connection already waits.
+      case listening = "{listen}"
+      /// A path at which it listens itself.
+      case path = "{socket}"
+    }
+
+    package var convention: Convention? {
+      Convention.allCases.first { convention in words.contains { Self.contains($0, convention.rawValue) } }
+    }
+
+    package static func contains(_ word: String, _ part: String) -> Bool {
+      let word = Array(word.utf8)
+      let part = Array(part.utf8)
+      guard word.count >= part.count else { return false }
+      return (0...(word.count - part.count)).contains { word[$0..<($0 + part.count)].elementsEqual(part) }
+    }
+  }
+
+  /// Who serves a device that none of our programs serves.
+  package enum External: Equatable, Sendable {
+    /// A back end started by someone else, listening on this socket.
+    case socket(String)
+    case program(JailedProgram)
+  }
+
   package struct Disk: Equatable, Sendable {
     package enum Source: Equatable, Sendable {
       case image(path: String, readOnly: Bool)
-      /// A back end started by someone else, listening on this socket.
-      case socket(String)
+      case external(External)
     }
     package var id: String
     package var source: Source
@@ -63,7 +106,7 @@ package struct VMConfiguration: Equatable, Sendable {
   package struct Net: Equatable, Sendable {
     package enum Source: Equatable, Sendable {
       case tap(String)
-      case socket(String)
+      case external(External)
     }
     package var id: String
     package var source: Source
@@ -95,7 +138,7 @@ package struct VMConfiguration: Equatable, Sendable {
 
   package struct GenericVhostUser: Equatable, Sendable {
     package var id: String
-    package var socket: String
+    package var source: External
     package var deviceType: DeviceID
     package var queueSizes: [UInt16]
   }
@@ -166,12 +209,18 @@ package struct VMConfiguration: Equatable, Sendable {
 
   init() {}
 
-  /// The socket of the external back end that serves the device; nil for devices of our own.
+  /// Who serves the device; nil for our own programs.
+  package func external(of id: String) -> External? {
+    for disk in disks { if disk.id == id, case .external(let external) = disk.source { return external } }
+    for net in nets { if net.id == id, case .external(let external) = net.source { return external } }
+    return generics.first { $0.id == id }?.source
+  }
+
+  /// The socket of the external back end that serves the device; nil for devices of our own and programs we start.
   package func externalSocket(of id: String) -> String? {
-    for disk in disks { if disk.id == id, case .socket(let path) = disk.source { return path } }
-    for net in nets { if net.id == id, case .socket(let path) = net.source { return path } }
     if let fileSystem = fileSystems.first(where: { $0.id == id }) { return fileSystem.socket }
-    return generics.first { $0.id == id }?.socket
+    if case .socket(let path) = external(of: id) { return path }
+    return nil
   }
 
   /// What follows when the device's back end dies.

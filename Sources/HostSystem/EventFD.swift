@@ -50,6 +50,10 @@ public struct EventFD: ~Copyable, Sendable {
   /// Whether a signal could be added without waiting: for events whose description a distrusted peer shares.
   public borrowing func hasRoomNow() -> Bool { isReady(Int16(POLLOUT)) }
 
+  /// Lets go whoever waits in `signal`: a peer that shares the description can make it blocking and its counter full. What
+  /// the counter held is lost, to that peer alone.
+  public borrowing func makeRoom() { if !hasRoomNow() { drain() } }
+
   private var isSignalled: Bool { isReady(Int16(POLLIN)) }
 
   private borrowing func isReady(_ events: Int16) -> Bool {

@@ -41,6 +41,9 @@ package enum Stage: Int32, CaseIterable, Sendable {
   case acquisition
   /// seccomp on all threads: last.
   case systemCallFilter
+  /// For somebody else's program (`martlet jail`), before exec, because it does not wall itself in: Landlock with the rights
+  /// of its profile, then the filter of its profile, which lets this one exec pass.
+  case restriction
 
   /// What was being done, for "Cannot ... in the new process".
   package var action: String {
@@ -63,6 +66,7 @@ package enum Stage: Int32, CaseIterable, Sendable {
     case .acquisition: "acquire its resources"
     case .landlock: "restrict access by Landlock"
     case .systemCallFilter: "filter system calls"
+    case .restriction: "restrict files and system calls"
     }
   }
 }

@@ -32,6 +32,8 @@ package struct SystemCallFilter: Equatable, Sendable {
 
   private static let allow: UInt32 = 0x7FFF_0000
   private static let kill: UInt32 = 0x8000_0000
+  /// SECCOMP_RET_ERRNO
+  private static let errorReturn: UInt32 = 0x0005_0000
   /// AUDIT_ARCH_X86_64
   private static let architecture: UInt32 = 0xC000_003E
   /// Numbers from here on are the x32 interface.
@@ -41,8 +43,12 @@ package struct SystemCallFilter: Equatable, Sendable {
   private static let architectureOffset: UInt32 = 4
   private static let argumentsOffset: UInt32 = 16
 
-  /// - Parameter processID: what `self` means in the rules.
-  package init(_ rules: [SystemCallRule], refusal: Refusal = .killProcess, processID: Int32) {
+  /// - Parameters:
+  ///   - processID: what `self` means in the rules.
+  ///   - refused: calls that come back with an error instead, unless a rule allows them.
+  package init(
+    _ rules: [SystemCallRule], refusal: Refusal = .killProcess, processID: Int32, refused: [(number: UInt32, errno: UInt16)] = []
+  ) {
     var program: [Instruction] = []
     func load(_ offset: UInt32) -> Instruction { Instruction(code: Code.loadWord, jumpTrue: 0, jumpFalse: 0, value: offset) }
     func finish(_ action: UInt32) -> Instruction { Instruction(code: Code.result, jumpTrue: 0, jumpFalse: 0, value: action) }
@@ -63,6 +69,10 @@ package struct SystemCallFilter: Equatable, Sendable {
       program.append(Instruction(code: Code.jumpEqual, jumpTrue: 1, jumpFalse: 0, value: number))
       program.append(Instruction(code: Code.jumpAlways, jumpTrue: 0, jumpFalse: 0, value: UInt32(block.count)))
       program += block
+    }
+    for (number, errno) in refused where !order.contains(number) {
+      program.append(Instruction(code: Code.jumpEqual, jumpTrue: 0, jumpFalse: 1, value: number))
+      program.append(finish(Self.errorReturn | UInt32(errno)))
     }
     program.append(finish(refusal.rawValue))
     instructions = program

@@ -62,5 +62,8 @@ package enum SystemCall {
     return "system call \(number)"
   }
 
+  /// All names, for suggestions.
+  package static var names: [String] { (words(low) + words(high)).map(String.init) }
+
   private static func words(_ text: String) -> [Substring] { text.split { $0 == " " || $0 == "\n" } }
 }

@@ -14,7 +14,7 @@ package struct ChildIdentity: Hashable, Sendable {
 }
 
 /// A process to be started: fork, the first half of the walls, exec.
-package struct ChildLaunch: Sendable {
+package struct ChildLaunch {
   /// argv, the program's name first. Must hold the title's length: the title is later written over it.
   package var arguments: [String]
   /// Lent for the call of `start`; element i becomes descriptor i of the child, everything else is closed there.
@@ -30,6 +30,9 @@ package struct ChildLaunch: Sendable {
   package var namespaces: Namespaces = []
   /// What the child gets when the launcher dies.
   package var parentDeathSignal: CInt
+  /// For somebody else's program: what it sees and may do. Without one: an empty root and no filter, which our programs
+  /// put on themselves.
+  package var jail: JailWalls?
 
   /// The most descriptors that can be handed over.
   package static let descriptorLimit = 32
@@ -74,8 +77,12 @@ package struct ChildLaunch: Sendable {
           executable: executable, arguments: argv, descriptors: numbers.baseAddress,
           descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
           gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
-          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal)
-        return unsafe csandbox_start(&launch, &pidfd, &report)
+          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal, jail: nil)
+        guard let jail else { return unsafe csandbox_start(&launch, &pidfd, &report) }
+        return unsafe jail.withStructure { structure in
+          unsafe launch.jail = structure
+          return unsafe csandbox_start(&launch, &pidfd, &report)
+        }
       }
     }
     guard pid > 0 else { throw .step(.fork, program: arguments.first ?? "", Errno(-pid)) }
@@ -99,6 +106,8 @@ package enum LaunchOutcome: Equatable, Sendable {
   case pending
   case executed
   case failed(Stage, Errno)
+  /// As `failed`, at a place of the jail (its index).
+  case failedAt(Stage, Errno, place: Int)
 
   init(reading report: borrowing OwnedFD) {
     var raw = csandbox_report()
@@ -108,7 +117,8 @@ package enum LaunchOutcome: Equatable, Sendable {
     case .end: self = .executed
     case .wouldBlock: self = .pending
     case .bytes(let count) where count == MemoryLayout<csandbox_report>.size:
-      self = .failed(Stage(rawValue: raw.step) ?? .exec, Errno(raw.error))
+      let stage = Stage(rawValue: raw.step) ?? .exec
+      self = raw.detail >= 0 ? .failedAt(stage, Errno(raw.error), place: Int(raw.detail)) : .failed(stage, Errno(raw.error))
     case .bytes: self = .failed(.exec, .inputOutput)
     case .failed(let error): self = .failed(.exec, error)
     }

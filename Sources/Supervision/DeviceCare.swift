@@ -8,6 +8,7 @@ final class DeviceCare {
     /// closed here, or its lock would not tell when the dead process's writes have ended.
     case program(String, arguments: [String], isOnTerminal: Bool)
     case external(path: String)
+    case jailed(JailedDevice)
   }
 
   enum Step: Equatable {

@@ -10,6 +10,8 @@ final class DevicePlan {
     /// Our program, its arguments behind the common ones, and what it is given from descriptor 5 on.
     case program(String, arguments: [String], resources: [FDBox], isOnTerminal: Bool)
     case external(FDBox)
+    /// Somebody else's, which we start.
+    case jailed(JailedDevice)
   }
 
   let assignment: DeviceAssignment
@@ -42,13 +44,16 @@ struct TerminalPlan {
 struct DevicePlanner {
   let configuration: VMConfiguration
   let guardian: TerminalGuard
+  /// What this host has for jails; asked only when there is one.
+  let host: () -> HostWalls
   /// Lines for the person, such as the path of a pseudo-terminal.
   private(set) var announcements: [String] = []
   private var nextSlot: UInt8 = 1
 
-  init(configuration: VMConfiguration, guardian: TerminalGuard) {
+  init(configuration: VMConfiguration, guardian: TerminalGuard, host: @escaping () -> HostWalls) {
     self.configuration = configuration
     self.guardian = guardian
+    self.host = host
   }
 
   mutating func planDevices() throws(SupervisionError) -> [DevicePlan] {
@@ -60,7 +65,7 @@ struct DevicePlanner {
     for generic in configuration.generics {
       plans.append(
         DevicePlan(
-          assign(generic.id, generic.deviceType, generic.queueSizes), try external(generic.socket, generic.id)))
+          assign(generic.id, generic.deviceType, generic.queueSizes), try external(generic.source, generic.id)))
     }
     if configuration.console != .off {
       let terminal = try planTerminal(configuration.console, option: "--console")
@@ -89,7 +94,7 @@ struct DevicePlanner {
     let sizes = [UInt16](repeating: disk.queueSize, count: Int(disk.queueCount))
     let assignment = assign(disk.id, .block, sizes)
     switch disk.source {
-    case .socket(let path): return DevicePlan(assignment, try external(path, disk.id))
+    case .external(let source): return DevicePlan(assignment, try external(source, disk.id))
     case .image(let path, let readOnly):
       let image = FDBox(try HostFiles.image(path, readOnly: readOnly, disk: disk.id))
       var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)"]
@@ -108,7 +113,7 @@ struct DevicePlanner {
     let assignment = assign(
       net.id, .net, [net.queueSize, net.queueSize], own: [.netMAC, .netStatus], configuration: space.encoded())
     switch net.source {
-    case .socket(let path): return DevicePlan(assignment, try external(path, net.id))
+    case .external(let source): return DevicePlan(assignment, try external(source, net.id))
     case .tap(let tap):
       let queue = FDBox(try attach(tap, net: net.id))
       return DevicePlan(
@@ -137,7 +142,7 @@ struct DevicePlanner {
     let sizes = [UInt16](repeating: fileSystem.queueSize, count: 1 + Int(fileSystem.queueCount))
     return DevicePlan(
       assign(fileSystem.id, .fileSystem, sizes, configuration: space?.encoded() ?? []),
-      try external(fileSystem.socket, fileSystem.id))
+      try external(.socket(fileSystem.socket), fileSystem.id))
   }
 
   private mutating func plan(_ entropy: VMConfiguration.Entropy) throws(SupervisionError) -> DevicePlan {
@@ -147,7 +152,13 @@ struct DevicePlanner {
       .program("martlet-template", arguments: ["--source-fd=\(firstResource)"], resources: [source], isOnTerminal: false))
   }
 
-  private func external(_ path: String, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {
+  private func external(_ source: VMConfiguration.External, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {
+    let path: String
+    switch source {
+    case .socket(let socket): path = socket
+    case .program(let program):
+      return .jailed(try JailedDevice(program, id: id, vm: configuration.name, host: host()))
+    }
     let deadline = Duration.milliseconds(configuration.deadlines.connect)
     let socket = try attempt { () throws(SystemError) in
       try UnixSocket.connect(to: path, timeout: deadline)

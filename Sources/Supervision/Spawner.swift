@@ -11,7 +11,7 @@ import HostSystem
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy
+    case image, connect, tidy, startJailed
   }
 
   private enum Outcome: UInt8 {
@@ -67,6 +67,14 @@ final class Spawner {
     let (_, number, received) = try ask(.start, id, descriptors)
     guard received.count == 2, let pidfd = received[0].take(), let report = received[1].take() else { throw Self.lost }
     return StartedChild(process: ProcessHandle(processID: number, adopting: pidfd), report: report)
+  }
+
+  /// Starts the jailed program of `id` again: the child, and the core's end of its connection, if it is there already.
+  func startJailed(_ id: String) throws(SupervisionError) -> (child: FDChild, ours: FDBox?) {
+    let (_, number, received) = try ask(.startJailed, id)
+    guard received.count >= 2, let pidfd = received[0].take(), let report = received[1].take() else { throw Self.lost }
+    let child = StartedChild(process: ProcessHandle(processID: number, adopting: pidfd), report: report)
+    return (FDChild(child), received.count > 2 ? received[2] : nil)
   }
 
   /// The image of `id`, locked; nil while its last process's writes are under way.
@@ -134,6 +142,14 @@ final class Spawner {
           let child = try supervisor.start(launch, known.program, asSibling: true)
           descriptors = [try copy(child.process.fd), try copy(child.report)]
           number = child.process.processID
+        case .startJailed:
+          guard let known = supervisor.knownJailed[id] else { throw unknown(id) }
+          let started = try supervisor.launchJailed(known.device, known.identity, null: null.rawValue, asSibling: true)
+          guard let child = started.child.take() else { throw unknown(id) }
+          descriptors = [try copy(child.process.fd), try copy(child.report)]
+          if let ours = started.ours { descriptors.append(ours) }
+          number = child.process.processID
+          supervisor.jailedNumbers[id] = number
         case .image:
           guard let image = supervisor.cares[id]?.image else { throw unknown(id) }
           if let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status) {
@@ -142,6 +158,10 @@ final class Spawner {
             outcome = .notYet
           }
         case .connect:
+          if case .jailed? = supervisor.cares[id]?.kind, let number = supervisor.jailedNumbers[id] {
+            if let socket = JailedDevice.connect(number) { descriptors = [socket] } else { outcome = .notYet }
+            break
+          }
           guard case .external(let path)? = supervisor.cares[id]?.kind else { throw unknown(id) }
           if let fd = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) { descriptors = [FDBox(fd)] } else { outcome = .notYet }
         case .tidy: supervisor.guardian.tidy()

@@ -54,6 +54,8 @@ package enum SupervisionError: Error, Sendable {
   case identities(String)
   /// Parts of the walls are not to be had here, and `--hardened` wants all.
   case notHardened(lacks: [String])
+  /// An external back end cannot be started in its jail.
+  case jail(String, JailError)
   /// A kernel call that fails only when the host is exhausted.
   case system(SystemError)
 
@@ -64,6 +66,8 @@ package enum SupervisionError: Error, Sendable {
       .resource
     case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .notHardened, .system:
       .host
+    case .jail(_, .host), .jail(_, .step): .host
+    case .jail: .resource
     case .notReady, .endedEarly: .device
     case .core(let kind, _):
       switch kind {
@@ -122,7 +126,8 @@ package enum SupervisionError: Error, Sendable {
     case .memoryTooLarge(let size, let host, let time):
       "Memory of \(Quantity.describe(byteCount: size)) could not be set up within \(time) ms; this host has "
         + "\(host >> 20)M: lower --memory size= or raise --deadline ready="
-    case .endedEarly(_, _, .exited(code: 1)), .endedEarly(_, _, .exited(code: 2)): nil
+    case .endedEarly(_, let program, .exited(code: 1)) where program.hasPrefix("martlet-"): nil
+    case .endedEarly(_, let program, .exited(code: 2)) where program.hasPrefix("martlet-"): nil
     case .endedEarly(let process, let program, let end): "\(program) of \(process) \(end) before it was ready"
     case .core(_, let sentence): sentence
     case .coreProtocol(let error): "\(error.message); are all programs of one version?"
@@ -131,6 +136,7 @@ package enum SupervisionError: Error, Sendable {
     case .notHardened(let lacks):
       "This host cannot build all walls, and --hardened wants them: \(lacks.joined(separator: ". ")). "
         + "Mend the host or leave out --hardened"
+    case .jail(let device, let error): "Back end of \(device): \(error.message)"
     case .system(let error): error.description
     }
   }

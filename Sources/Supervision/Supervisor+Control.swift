@@ -101,12 +101,14 @@ extension Supervisor {
     case .ready: state = "running"
     case .ended(let end): state = end.description
     }
+    let usage = process.isAlive ? ProcessUsage(process.processID) : nil
     let ready = process.readyTime.map { UInt64(clamping: $0.since(process.startTime).nanoseconds) }
     return [
       .init("id", .string(process.id)), .init("program", .string(process.program)),
       .init("pid", .unsigned(UInt64(process.processID))),
       .init("uid", .unsigned(UInt64(process.identity?.uid ?? userID))), .init("process", .string(state)),
       .init("ready_ns", ready.map { .unsigned($0) } ?? .null),
+      .init("cpu_ns", usage?.processorTime.map { .unsigned($0) } ?? .null),
     ]
   }
 

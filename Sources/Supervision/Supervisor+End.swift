@@ -30,12 +30,14 @@ extension Supervisor {
     channel = nil
     phase = .endingDevices(.now.advanced(by: Self.deviceGrace), signalled: false)
     if processes.allSatisfy({ !$0.isAlive }) { phase = .ended }
+    endJailed()
   }
 
   /// The nearest moment at which something must be done; nil when nothing is due, and the loop sleeps without limit.
   func nextDeadline() -> MonotonicTime? {
     var nearest = pending.map(\.deadline).min()
     func consider(_ time: MonotonicTime) { nearest = nearest.map { min($0, time) } ?? time }
+    if expectsSockets { consider(.now.advanced(by: JailedDevice.connectInterval)) }
     switch phase {
     case .starting:
       let limit = Duration.milliseconds(configuration.deadlines.ready)
@@ -60,6 +62,7 @@ extension Supervisor {
 
   func checkDeadlines(_ now: MonotonicTime) throws(SupervisionError) {
     expireRequests(now)
+    if expectsSockets { try lookForSockets() }
     switch phase {
     case .starting:
       try reportQuietEnds(now)

@@ -1,5 +1,6 @@
 import CLinux
 import ControlProtocol
+import Glibc
 import HostSystem
 import Sandbox
 
@@ -54,7 +55,17 @@ extension Supervisor {
     let process = processes[index]
     switch process.launchOutcome() {
     case .pending: return
-    case .executed: break
+    case .executed:
+      process.markExecuted()
+      dropReport(process)
+      return try jailedMayBeReady(index)
+    case .failedAt(let stage, let errno, let place):
+      let error = JailError.step(stage, errno, place: process.jail?.placeName(place))
+      if phase == .running {
+        say(.warning, error.message)
+        break
+      }
+      throw .jail(process.id, error)
     case .failed(let stage, let errno):
       let remedy = walls.mode == .off ? "" : stage.remedy
       let sentence = "Cannot \(stage.action) of \(process.program) (\(process.id)): \(errno.explanation)\(remedy)"
@@ -96,11 +107,11 @@ extension Supervisor {
       process.closeReadyPipe()
     }
     // A failed step between fork and exec explains the end better than its exit code.
-    if case .starting = process.state, case .failed = process.launchOutcome() { try handleLaunchReport(index) }
+    if case .starting = process.state, process.reportNumber != nil { try handleLaunchReport(index) }
     guard let end = process.collect() else { return }
     loop.remove(number: process.endNumber)
     dropReport(process)
-    if end == .killed(signal: SIGSYS), walls.mode != .off { say(.error, walls.violation(process)) }
+    if end == .killed(signal: SIGSYS), walls.mode != .off || process.jail != nil { say(.error, walls.violation(process)) }
     switch phase {
     case .starting where index == coreIndex:
       if end == .exited(code: 1) { throw .endedEarly(process: process.id, program: process.program, end: end) }
@@ -174,7 +185,19 @@ extension Supervisor {
         say(.warning, "Device \(report.id) is \(report.state.name)\(report.reason.isEmpty ? "" : ": " + report.reason)")
       }
     case .guest(let event): handle(event)
-    case .failed(let kind, let sentence): throw .core(kind, explained(kind, sentence))
+    case .failed(let kind, let sentence):
+      if kind == .device { try tellOfDeadPrograms() }
+      throw .core(kind, explained(kind, sentence))
+    }
+  }
+
+  /// Somebody else's program counts as ready when it runs. One that ended then is what the core's complaint comes from, and its
+  /// end says more.
+  private func tellOfDeadPrograms() throws(SupervisionError) {
+    for index in processes.indices where processes[index].jail != nil && processes[index].isAlive {
+      var entry = pollfd(fd: processes[index].endNumber, events: Int16(POLLIN), revents: 0)
+      // SAFETY: one entry of ours, alive for the call.
+      if unsafe poll(&entry, 1, 200) > 0 { try handleEnd(index) }
     }
   }
 

@@ -10,6 +10,7 @@ extension Supervisor {
     let policy = configuration.deathPolicy(of: id)
     switch device.backEnd {
     case .external: return DeviceCare(id, .external(path: configuration.externalSocket(of: id) ?? ""), policy, image: nil)
+    case .jailed(let jailed): return DeviceCare(id, .jailed(jailed), policy, image: nil)
     case .program(let program, let arguments, let resources, let isOnTerminal):
       var image: (path: String, readOnly: Bool, status: FileStatus)?
       for disk in configuration.disks where disk.id == id {
@@ -50,7 +51,7 @@ extension Supervisor {
   func backEndLost(_ report: DeviceReport) {
     guard let care = cares[report.id] else { return }
     switch care.kind {
-    case .program:
+    case .program, .jailed:
       if case .none = care.step { processes.first { $0.id == report.id }?.signal(9) }
     case .external(let path):
       guard care.step == .none else { return }
@@ -97,6 +98,10 @@ extension Supervisor {
           return
         }
         try reattach(care, socket)
+      case .jailed(let jailed):
+        guard let dead = processes.firstIndex(where: { $0.id == care.id }) else { return }
+        care.socket = try startJailed(jailed, null: -1, inPlaceOf: dead).ours
+        care.step = .starting(since: now)
       case .program(let program, let arguments, let isOnTerminal):
         var resources = care.resources
         if let image = care.image {
@@ -150,7 +155,7 @@ extension Supervisor {
       say(.warning, "The new back end of \(care.id) cannot be used: \(sentence)")
       switch care.kind {
       // Its end counts as a death, and decides how it goes on.
-      case .program:
+      case .program, .jailed:
         care.step = .none
         processes.first { $0.id == care.id }?.signal(9)
       case .external: care.step = .due(.now.advanced(by: .seconds(1)))

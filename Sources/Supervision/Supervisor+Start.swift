@@ -26,7 +26,7 @@ extension Supervisor {
     if let path = configuration.initramfs {
       initramfs = FDBox(try HostFiles.payload(path, what: "initramfs", memory: configuration.memorySize))
     }
-    var planner = DevicePlanner(configuration: configuration, guardian: guardian)
+    var planner = DevicePlanner(configuration: configuration, guardian: guardian, host: { [self] in hostWalls() })
     let devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
     for device in devices { cares[device.assignment.id] = try care(for: device) }
@@ -41,6 +41,7 @@ extension Supervisor {
       control = server
     }
 
+    for device in devices { if case .jailed(let jailed) = device.backEnd { try check(jailed, null) } }
     try configureCore(kvm, kernel, initramfs)
     launches = devices.map { .device($0) }
     if let serial { try connectSerial(serial) }
@@ -94,7 +95,7 @@ extension Supervisor {
       case .serial(let plan, let socket): try startSerial(plan, socket)
       }
     }
-    if launches.isEmpty, waitingSockets.isEmpty, coreIsReady, handOverTime == nil { handOverTime = .now }
+    if launches.isEmpty, waitingSockets.isEmpty, waitingAssignments.isEmpty, coreIsReady, handOverTime == nil { handOverTime = .now }
   }
 
   private func start(_ device: DevicePlan, _ null: borrowing OwnedFD) throws(SupervisionError) {
@@ -103,6 +104,9 @@ extension Supervisor {
       // Connected already, so it counts as ready.
       try send(.device(device.assignment), [socket.number])
       socket.close()
+    case .jailed(let jailed):
+      let (index, ours) = try startJailed(jailed, null: null.rawValue)
+      if let ours { waitingSockets[index] = (device.assignment, ours) } else { waitingAssignments[index] = device.assignment }
     case .program(let program, let arguments, let resources, let isOnTerminal):
       let pair = try Self.pair(.stream)
       let index = try startBackEnd(
@@ -181,9 +185,14 @@ extension Supervisor {
       child = try start(launch, program)
       knownLaunches[id] = (program, launch)
     }
-    let process = VMProcess(
-      id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
-      readyPipe: readyPipe, startTime: .now)
+    return try enlist(
+      VMProcess(
+        id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child, readyPipe: readyPipe,
+        startTime: .now), inPlaceOf: dead)
+  }
+
+  /// A process that has been forked is watched from here on.
+  func enlist(_ process: VMProcess, inPlaceOf dead: Int?) throws(SupervisionError) -> Int {
     let index = dead ?? processes.count
     if let dead { processes[dead] = process } else { processes.append(process) }
     if let number = process.reportNumber { try watch(number, .launchReport(index)) }
@@ -245,6 +254,7 @@ extension Supervisor {
     let waiting = launches
     launches = []
     waitingSockets = [:]
+    waitingAssignments = [:]
     for case .serial(let plan, let socket) in waiting {
       do throws(SupervisionError) { try startSerial(plan, socket) } catch {
         if let message = error.message { say(.warning, message) }

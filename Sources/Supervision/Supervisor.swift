@@ -60,12 +60,17 @@ package final class Supervisor {
   var assignments: [DeviceAssignment] = []
   /// The core's ends of device sockets that wait for READY, by process index.
   var waitingSockets: [Int: (assignment: DeviceAssignment, socket: FDBox)] = [:]
+  /// Devices whose jailed programs have still to make their sockets, by process index.
+  var waitingAssignments: [Int: DeviceAssignment] = [:]
   var reports: [String: DeviceReport] = [:]
   /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
   var escapeLines: [Int: FDBox] = [:]
   /// What is known of every device for the day its back end dies.
   var cares: [String: DeviceCare] = [:]
   /// How each process but the core was started.
+  var knownJailed: [String: (device: JailedDevice, identity: ChildIdentity?)] = [:]
+  /// Process ids of jailed programs, to find their sockets by.
+  var jailedNumbers: [String: Int32] = [:]
   var knownLaunches: [String: (program: String, launch: ChildLaunch)] = [:]
   /// Once our own walls stand.
   var spawner: Spawner?

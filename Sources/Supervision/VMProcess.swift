@@ -17,6 +17,8 @@ final class VMProcess {
   let processID: Int32
   /// Whether it is told of changes of the terminal's size.
   let isOnTerminal: Bool
+  /// Of somebody else's program: the jail it was put into.
+  let jail: JailWalls?
   private(set) var state = State.starting
   let startTime: MonotonicTime
   var readyTime: MonotonicTime?
@@ -30,8 +32,9 @@ final class VMProcess {
 
   init(
     id: String, program: String, identity: ChildIdentity?, isOnTerminal: Bool, child: consuming StartedChild,
-    readyPipe: consuming OwnedFD?, startTime: MonotonicTime
+    readyPipe: consuming OwnedFD?, startTime: MonotonicTime, jail: JailWalls? = nil
   ) {
+    self.jail = jail
     self.id = id
     self.program = program
     self.identity = identity
@@ -65,6 +68,10 @@ final class VMProcess {
     case .none: .executed
     }
   }
+
+  /// Exec has succeeded.
+  private(set) var hasExecuted = false
+  func markExecuted() { hasExecuted = true }
 
   func closeReport() { _ = report.take() }
 

@@ -37,7 +37,7 @@ enum ControlText {
   }
 
   private static func devices(_ answer: JSONValue) -> String {
-    var rows = [["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "STATE", "QUEUES", "FEATURES"]]
+    var rows = [["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "CPU", "STATE", "QUEUES", "FEATURES"]]
     for device in answer["devices"]?.array ?? [] {
       let queues = (device["queues"]?.array ?? []).map { queue in
         number(queue["size"]) + (queue["enabled"]?.bool == true ? "" : "-")
@@ -45,7 +45,9 @@ enum ControlText {
       let features = (device["features"]?.array ?? []).compactMap(\.string)
       rows.append([
         device["id"]?.string ?? "", device["type"]?.string ?? "", number(device["slot"]),
-        device["program"]?.string ?? "", number(device["pid"]), number(device["uid"]), device["state"]?.string ?? "",
+        device["program"]?.string ?? "", number(device["pid"]), number(device["uid"]),
+        device["cpu_ns"]?.unsigned.map(duration) ?? "-",
+        device["state"]?.string ?? "",
         queues.joined(separator: ","), features.joined(separator: " "),
       ])
     }

@@ -14,7 +14,7 @@ struct Verb: Sendable {
 
   static let version = "0.1.0"
 
-  static let table: [Verb] = [runVerb, controlVerb, doctorVerb, probeVerb]
+  static let table: [Verb] = [runVerb, controlVerb, doctorVerb, probeVerb, jailVerb]
 
   static func main(_ arguments: [String]) -> ExitCode {
     Log.setSpeaker("martlet")

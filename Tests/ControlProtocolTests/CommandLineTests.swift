@@ -59,9 +59,9 @@ private func complaint(_ arguments: String...) -> String? {
     let vm = try parse(
       "--kernel", "k", "--disk", "vhost_user=on,socket=b.sock,num_queues=2", "--net", "vhost_user=on,socket=n.sock",
       "--generic-vhost-user", "socket=g.sock,device_type=0x1a,queue_sizes=[2]")
-    #expect(vm.disks[0].source == .socket("b.sock"))
+    #expect(vm.disks[0].source == .external(.socket("b.sock")))
     #expect(vm.disks[0].queueCount == 2)
-    #expect(vm.nets[0].source == .socket("n.sock"))
+    #expect(vm.nets[0].source == .external(.socket("n.sock")))
     #expect(vm.generics[0].deviceType.rawValue == 26)
   }
 
@@ -92,6 +92,33 @@ private func complaint(_ arguments: String...) -> String? {
     }
     #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", "tag=a,socket=a", "tag=a,socket=b") }
     #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", "tag=a,socket=a", "tag=b,socket=a") }
+  }
+
+  @Test func backEndsToStartAreNamedByProgramAndJail() throws {
+    let vm = try parse(
+      "--kernel", "k", "--disk", "vhost_user=on,path=d.img,jail=p.jail,program=\"qsd --blockdev 'a b={path}' {listen}\"",
+      "--generic-vhost-user", "device_type=fs,queue_sizes=[128],path=/srv,jail=v.jail,program=\"vfs --fd={fd}\"")
+    #expect(
+      vm.disks[0].source
+        == .external(.program(.init(words: ["qsd", "--blockdev", "a b={path}", "{listen}"], profile: "p.jail", path: "d.img"))))
+    guard case .program(let program) = vm.generics[0].source else {
+      Issue.record("no program")
+      return
+    }
+    #expect(program.convention == .connected && program.words == ["vfs", "--fd={fd}"] && program.path == "/srv")
+  }
+
+  @Test(arguments: [
+    ("vhost_user=on,program=\"x {fd}\"", "lacks 'jail='"),
+    ("vhost_user=on,jail=p,program=\"x\"", "exactly one of {listen}, {fd} and {socket}"),
+    ("vhost_user=on,jail=p,program=\"x {fd} {socket}\"", "exactly one of"),
+    ("vhost_user=on,jail=p,program=\"x {fd} {path}\"", "lacks 'path='"),
+    ("vhost_user=on,jail=p,program=\"x '{fd}\"", "'single quotes'"), ("vhost_user=on,socket=s,jail=p", "goes with program="),
+    ("vhost_user=on,socket=s,jail=p,program=\"x {fd}\"", "exclude each other"), ("path=d,program=\"x {fd}\"", "add vhost_user=on"),
+    ("vhost_user=on,jail=p,program=\"x {fd}\",readonly=on", "the back end decides it"),
+  ])
+  func backEndsToStartWantAJailAndOneWayToTheirSocket(_ text: String, _ part: String) {
+    #expect(complaint("--disk", text)?.contains(part) == true, "\(complaint("--disk", text) ?? "accepted")")
   }
 
   @Test(arguments: [
@@ -144,7 +171,7 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(
       complaint("--disk", "path=a,read_only=on")
         == "Unknown key 'read_only' in --disk; did you mean 'readonly'? It knows path, readonly, id, serial, "
-        + "num_queues, queue_size, on-death, restart-limit, vhost_user, socket")
+        + "num_queues, queue_size, on-death, restart-limit, vhost_user, socket, program, jail")
     #expect(complaint("--cpus", "bot=1") == "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot")
     #expect(complaint("--net", "zzzzzz=1")?.hasPrefix("Unknown key 'zzzzzz' in --net; it knows tap, mac") == true)
   }

@@ -37,6 +37,9 @@ class Disk:
     serial: str = None
     readonly: bool = False
     socket: Path = None
+    # A back end for `path` that Martlet starts in a jail: its words, and the profile.
+    program: str = None
+    jail: Path = None
 
 
 @dataclass
@@ -98,6 +101,9 @@ class Martlet:
         for disk in machine.disks:
             if disk.socket:
                 words += ["--disk", f"vhost_user=on,socket={disk.socket}"]
+                continue
+            if disk.program:
+                words += ["--disk", f'vhost_user=on,path={disk.path},jail={disk.jail},program="{disk.program}"']
                 continue
             keys = f"path={disk.path}"
             keys += ",readonly=on" if disk.readonly else ""

@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "jail.h"
+
 // In the order in which they are done; the order is explained in Sandbox/Stage.swift. The numbers are reported.
 enum csandbox_step {
   CSANDBOX_FORK = 1,
@@ -21,6 +23,8 @@ enum csandbox_step {
   CSANDBOX_NO_NEW_PRIVILEGES,
   CSANDBOX_PARENT_DEATH,
   CSANDBOX_EXEC,
+  // Only with a jail, before exec: Landlock, then the filter.
+  CSANDBOX_RESTRICTION = 19,
 };
 
 struct csandbox_launch {
@@ -28,7 +32,7 @@ struct csandbox_launch {
   int executable;
   // NULL-terminated. The environment is empty.
   char *const *arguments;
-  // descriptors[i] becomes number i; everything else is closed.
+  // descriptors[i] becomes number i, -1 leaves number i closed; everything else is closed.
   const int *descriptors;
   int descriptor_count;
   // With change_identity: all three uids, all three gids, no supplementary groups, empty bounding set.
@@ -45,12 +49,16 @@ struct csandbox_launch {
   uint64_t namespaces;
   // Sent to the child when the launching thread ends.
   int parent_death_signal;
+  // For somebody else's program: what it sees and keeps, and its filter. NULL: nothing, and an empty root.
+  const struct csandbox_jail *jail;
 };
 
 // What the child writes to the report pipe when a step fails. Nothing is written when exec succeeds: the pipe just ends.
 struct csandbox_report {
   int32_t step;
   int32_t error;
+  // The place of the jail concerned, or -1.
+  int32_t detail;
 };
 
 // clone3(CLONE_PIDFD). Returns the process id; the pidfd and the reading end of the report pipe are stored and owned by
