@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 
 static int result(long value) { return value < 0 ? -errno : (int)value; }
@@ -191,3 +192,13 @@ int clinux_unix_connect(int socket, const char *path) {
 }
 
 const char *clinux_errno_name(int error) { return strerrorname_np(error); }
+
+int64_t clinux_file_size(int fd) {
+  struct stat status;
+  return syscall(SYS_fstat, fd, &status) == 0 ? (int64_t)status.st_size : -(int64_t)errno;
+}
+
+long clinux_file_system(int fd) {
+  struct statfs system;
+  return fstatfs(fd, &system) == 0 ? (long)system.f_type : -(long)errno;
+}

@@ -1,6 +1,7 @@
 // DiskImage: bytes of a disk behind one storage protocol, knowing no virtio. `DiskImage` is an opened image (raw files and
 // block devices today), shared by all threads that serve it; a `StorageEngine` is one thread's way to read and write it:
-// `RingEngine` by io_uring, `BlockingEngine` by ordinary calls where io_uring is missing.
+// `RingEngine` by io_uring, `ThreadEngine` by ordinary calls in threads where io_uring is missing. `CachedReader` is the way past both for
+// data that the host has cached.
 //
 //     let image = try DiskImage.open("/srv/disk.raw", .init(isReadOnly: false))
 //     var engine = try RingEngine(image, depth: 256)          // in the thread that will use it
@@ -19,18 +20,28 @@ package final class DiskImage: Sendable {
     package var isReadOnly = false
     /// Bypass the host's page cache (`O_DIRECT`).
     package var isDirect = false
+    /// Others may write the image while it is read here, and nothing is locked. Only with `isReadOnly`.
+    package var isShared = false
+    /// Data that the host has cached is copied from a mapping of the file, where that is safe.
+    package var mapsCache = true
 
-    package init(isReadOnly: Bool = false, isDirect: Bool = false) {
+    package init(isReadOnly: Bool = false, isDirect: Bool = false, isShared: Bool = false, mapsCache: Bool = true) {
       self.isReadOnly = isReadOnly
       self.isDirect = isDirect
+      self.isShared = isShared
+      self.mapsCache = mapsCache
     }
   }
 
   package let file: OwnedFD
   /// What the image is called in messages.
   package let name: String
-  /// Bytes a guest can address: a multiple of 512.
-  package let byteCount: UInt64
+  private let size: Atomic<UInt64>
+  /// Bytes a guest can address: a multiple of 512. Changes only in `lookAgain`.
+  package var byteCount: UInt64 { size.load(ordering: .relaxed) }
+  private let isDevice: Bool
+  /// The image's file mapped for reading; nil where that cannot be or is not wanted.
+  let cachedWindows: CachedWindows?
   /// Smallest unit the storage transfers, 512 to 65536 bytes. With `isDirect` a request must be a multiple of it.
   package let logicalBlockSize: Int
   /// Unit the storage works in best, at least `logicalBlockSize`.
@@ -43,6 +54,9 @@ package final class DiskImage: Sendable {
   package let canZeroRanges: Bool
   /// Ranges can be given storage (`fallocate` as such).
   package let canAllocate: Bool
+
+  /// No storage at all: every request is done at once, reads bring nothing. For measuring what lies around the storage.
+  package let isNull: Bool
 
   private let failedSync = Atomic<Bool>(false)
 
@@ -73,7 +87,9 @@ package final class DiskImage: Sendable {
     let facts = try Self.examine(fd, name, options)
     file = fd
     self.name = name
-    byteCount = facts.byteCount
+    size = Atomic(facts.byteCount)
+    isDevice = facts.isDevice
+    cachedWindows = facts.isMappable && options.mapsCache && !options.isDirect && !options.isShared ? CachedWindows() : nil
     logicalBlockSize = facts.logicalBlockSize
     physicalBlockSize = facts.physicalBlockSize
     isReadOnly = options.isReadOnly
@@ -81,6 +97,27 @@ package final class DiskImage: Sendable {
     canPunchHoles = facts.canPunchHoles
     canZeroRanges = facts.canZeroRanges
     canAllocate = facts.canAllocate
+    isNull = false
+  }
+
+  /// A disk without storage, of so many bytes (a multiple of 512, at least one sector).
+  package init(nullOf byteCount: UInt64) throws(DiskImageError) {
+    let name = "without storage"
+    guard byteCount >= 512 else { throw .tooSmall(name, byteCount: byteCount) }
+    guard byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: byteCount) }
+    do { file = try OwnedFD.open("/dev/null", O_RDWR) } catch { throw .cannotOpen("/dev/null", error.errno) }
+    self.name = name
+    size = Atomic(byteCount - byteCount % 512)
+    isDevice = false
+    cachedWindows = nil
+    logicalBlockSize = 512
+    physicalBlockSize = 4096
+    isReadOnly = false
+    isDirect = false
+    canPunchHoles = true
+    canZeroRanges = true
+    canAllocate = true
+    isNull = true
   }
 
   /// `O_DIRECT` on x86-64 (asm-generic/fcntl.h).
@@ -93,7 +130,34 @@ package final class DiskImage: Sendable {
     var canPunchHoles = false
     var canZeroRanges = false
     var canAllocate = false
+    var isDevice = false
+    var isMappable = false
   }
+
+  /// Takes the image's size anew, after somebody has made it longer or shorter; true if it has changed.
+  package func lookAgain() throws(DiskImageError) -> Bool {
+    if isNull { return false }
+    var byteCount: UInt64 = 0
+    if isDevice {
+      // SAFETY: the call writes one 64-bit number.
+      let result = unsafe clinux_ioctl_pointer(file.rawValue, 0x8008_1272, &byteCount)  // BLKGETSIZE64
+      if result < 0 { throw .cannotOpen(name, Errno(-result)) }
+    } else {
+      do { byteCount = try file.status().byteCount } catch { throw .cannotOpen(name, error.errno) }
+    }
+    guard byteCount >= 512 else { throw .tooSmall(name, byteCount: byteCount) }
+    guard byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: byteCount) }
+    let visible = byteCount - byteCount % UInt64(isDevice ? logicalBlockSize : 512)
+    return size.exchange(visible, ordering: .relaxed) != visible
+  }
+
+  /// How long the image's file is now.
+  @inline(__always)
+  var fileByteCount: UInt64 { UInt64(clamping: clinux_file_size(file.rawValue)) }
+
+  /// Local file systems whose mappings and writes share one cache: ext2/3/4, xfs, btrfs, f2fs (linux/magic.h). Not tmpfs, where
+  /// reading a hole through a mapping fills it.
+  private static let mappableFileSystems: Set<Int> = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010]
 
   private static func examine(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) -> Facts {
     let flags = clinux_fcntl(fd.rawValue, F_GETFL, 0)
@@ -113,8 +177,10 @@ package final class DiskImage: Sendable {
     case .regular:
       facts.byteCount = status.byteCount
       facts.physicalBlockSize = status.blockSize >= 512 && status.blockSize <= 65536 ? status.blockSize : 4096
+      facts.isMappable = mappableFileSystems.contains(clinux_file_system(fd.rawValue))
     case .blockDevice:
       try examineDevice(fd, name, &facts)
+      facts.isDevice = true
     default:
       throw .wrongKind(name)
     }
@@ -127,7 +193,7 @@ package final class DiskImage: Sendable {
       facts.byteCount -= facts.byteCount % 512
     }
     if !options.isReadOnly { probeAllocation(fd, status, &facts) }
-    try lock(fd, name, options)
+    if !options.isShared { try lock(fd, name, options) }
     return facts
   }
 
@@ -166,8 +232,8 @@ package final class DiskImage: Sendable {
     }
   }
 
-  /// For one second, 20 ms apart.
-  private static let lockAttempts = 50
+  /// For two seconds, 20 ms apart.
+  private static let lockAttempts = 100
 
   /// One writer, or many readers (`F_OFD_SETLK` over the whole file): the lock belongs to the open file, so it is released
   /// exactly when nobody can write any more, in-flight operations included.

@@ -12,12 +12,17 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private var ring: IORing
   /// Descriptors whose poll has ended and must begin anew, by token.
   private var watched: [(token: Int, fd: CInt)] = []
+  private let cache: CachedReader?
+  /// When to wake; the kernel reads it when the ring is entered.
+  private let deadline: UnsafeMutablePointer<timespec>
+  private var isTimed = false
 
   /// What a completion belongs to, in the upper half of its user data.
   private enum Kind {
     static let request: UInt64 = 0
     static let watch: UInt64 = 1
     static let unwatch: UInt64 = 2
+    static let time: UInt64 = 3
   }
 
   /// - Parameters:
@@ -26,10 +31,10 @@ package struct RingEngine: StorageEngine, ~Copyable {
   /// - Throws: where io_uring cannot be had.
   package init(_ image: DiskImage, depth: Int, watchLimit: Int = 4) throws(SystemError) {
     // At most one entry per slot is prepared at a time, and two per watched descriptor: the queue never fills up.
-    var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit)
+    var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit + 1)
     configuration.files = [image.file.rawValue]
     configuration.workerLimit = 16
-    var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove]
+    var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove, .timeout]
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
     configuration.allowedOperations = operations
     let ring = try IORing(configuration)
@@ -40,11 +45,17 @@ package struct RingEngine: StorageEngine, ~Copyable {
     self.image = image
     self.depth = depth
     self.ring = ring
+    cache = CachedReader(image)
     unsafe slots = .allocate(capacity: depth)
     unsafe slots.initialize(repeating: TransferState(), count: depth)
+    unsafe deadline = .allocate(capacity: 1)
+    unsafe deadline.initialize(to: timespec())
   }
 
-  deinit { unsafe slots.deallocate() }
+  deinit {
+    unsafe slots.deallocate()
+    unsafe deadline.deallocate()
+  }
 
   /// How the ring came out on this kernel.
   package var traits: IORing.Traits { ring.traits }
@@ -52,9 +63,24 @@ package struct RingEngine: StorageEngine, ~Copyable {
   package mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome? {
     precondition(slot >= 0 && slot < depth, "A slot number is below the depth of the engine.")
     // SAFETY: checked above.
+    if image.isNull { return .done }
     if let outcome = unsafe slots[slot].begin(request, image) { return outcome }
     prepare(slot)
     return nil
+  }
+
+  @inline(__always)
+  package mutating func copy(_ request: StorageRequest) -> Bool { cache?.copy(request) ?? false }
+
+  package var fileByteCount: UInt64 { image.fileByteCount }
+
+  package mutating func wake(at time: MonotonicTime) {
+    guard !isTimed else { return }
+    isTimed = true
+    // SAFETY: our own memory; the last wait for it is over.
+    unsafe deadline.pointee = timespec(tv_sec: Int(time.nanoseconds / 1_000_000_000), tv_nsec: Int(time.nanoseconds % 1_000_000_000))
+    let prepared = unsafe ring.prepareTimeout(deadline, userData: Kind.time << 32)
+    precondition(prepared, "The ring has an entry for the time.")
   }
 
   private mutating func prepare(_ slot: Int) {
@@ -112,7 +138,12 @@ package struct RingEngine: StorageEngine, ~Copyable {
     _ = ring.enter()
   }
 
+  package var hasPrepared: Bool { ring.hasPrepared }
+  @inline(__always) package var hasWork: Bool { ring.hasWork }
+  package var canBePolled: Bool { ring.traits.showsTaskWork }
+
   package mutating func turn(waiting: Bool) {
+    if !waiting, ring.traits.showsTaskWork, !ring.needsEnter { return }
     // Interrupted, or short of room: the caller takes what is there and comes again.
     _ = ring.enter(waitingFor: waiting ? 1 : 0)
   }
@@ -126,12 +157,19 @@ package struct RingEngine: StorageEngine, ~Copyable {
         // SAFETY: the number is one that `prepare` was given.
         switch unsafe slots[number].advance(Int(completion.result), image) {
         case .again: prepare(number)
-        case .finished(let outcome): return .completed(slot: number, outcome)
+        case .finished(let outcome):
+          if outcome == .done, let operation = unsafe Optional(slots[number].request.operation), operation == .read || operation == .write {
+            unsafe cache?.learn(slots[number].request, image)
+          }
+          return .completed(slot: number, outcome)
         }
       case Kind.watch:
         guard let entry = watched.first(where: { $0.token == number }) else { continue }
         if !completion.hasMore, completion.result != -ECANCELED { arm(entry.fd, number) }
         if completion.result > 0 { return .readable(token: number) }
+      case Kind.time:
+        isTimed = false
+        return .time
       default: continue
       }
     }

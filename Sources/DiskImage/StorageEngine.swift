@@ -59,6 +59,8 @@ package enum StorageEvent: Equatable, Sendable {
   case completed(slot: Int, StorageOutcome)
   /// A watched descriptor became readable.
   case readable(token: Int)
+  /// The time of `wake` has come.
+  case time
 }
 
 /// One thread's way to an image. Requests live in numbered slots, one each; a slot is free again when its completion was
@@ -68,9 +70,27 @@ package protocol StorageEngine: ~Copyable {
   mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome?
   /// Watches a descriptor for being readable; reported at least once after it was watched if it is readable then, and at
   /// least once after every change to readable. Eventfds need not be read.
+  /// Does a read at once, if the host has the data cached and an engine has a way around the kernel. It is done only if the
+  /// image is found to be still as long as `fileByteCount` says afterwards; else it is to be begun as any other.
+  mutating func copy(_ request: StorageRequest) -> Bool
+  /// How long the image is now. One system call.
+  var fileByteCount: UInt64 { get }
+  /// Reports `.time` once, when the time has come. One at a time: a later call has no effect until then.
+  mutating func wake(at time: MonotonicTime)
   mutating func watch(_ fd: CInt, token: Int)
   mutating func unwatch(_ fd: CInt, token: Int)
   /// Lets things happen: hands over what was begun and, if `waiting`, sleeps until there is an event. One system call.
   mutating func turn(waiting: Bool)
   mutating func nextEvent() -> StorageEvent?
+  /// Whether something was begun that `turn` has still to hand over.
+  var hasPrepared: Bool { get }
+  /// Whether `nextEvent` has something, or `turn` would bring something without sleeping. Never a system call.
+  var hasWork: Bool { get }
+  /// Whether `hasWork` sees everything, so that looking can stand in for sleeping.
+  var canBePolled: Bool { get }
+}
+
+extension StorageEngine where Self: ~Copyable {
+  package mutating func copy(_ request: StorageRequest) -> Bool { false }
+  package var fileByteCount: UInt64 { 0 }
 }

@@ -123,6 +123,14 @@ extension IORing {
     prepare(.pollRemove, .descriptor(-1), offset: 0, address: target, length: 0, userData: userData)
   }
 
+  /// `IORING_OP_TIMEOUT`: completes with `-ETIME` at `deadline`, a time on `CLOCK_MONOTONIC` that lives until then.
+  @inlinable
+  public mutating func prepareTimeout(_ deadline: UnsafePointer<timespec>, userData: UInt64) -> Bool {
+    prepare(
+      .timeout, .descriptor(-1), offset: 0, address: UInt64(UInt(bitPattern: deadline)), length: 1, flags: 1,  // IORING_TIMEOUT_ABS
+      userData: userData)
+  }
+
   /// Hands over all prepared entries and runs completion work; sleeps until `completions` of them wait to be taken.
   /// Returns zero, or a negated errno: `-EINTR` and `-EBUSY`/`-EAGAIN` are to be answered by taking completions and
   /// entering again; the entries not taken stay prepared.
@@ -136,10 +144,23 @@ extension IORing {
     return result < 0 ? result : 0
   }
 
-  /// Whether `enter` would do anything without waiting: entries prepared, or completions the kernel holds back for want of room.
+  /// Whether `enter` would do anything without waiting: entries prepared, completions the kernel holds back for want of
+  /// room, or work of its that waits for us (seen with `Traits.showsTaskWork`).
   @inlinable
   public var needsEnter: Bool {
-    pending > 0 || (unsafe clinux_load_relaxed_u32(submissionFlags)) & 2 != 0  // IORING_SQ_CQ_OVERFLOW
+    pending > 0 || (unsafe clinux_load_relaxed_u32(submissionFlags)) & 6 != 0  // IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN
+  }
+
+  /// Entries prepared and not handed over yet.
+  @inlinable public var hasPrepared: Bool { pending > 0 }
+
+  /// Whether completions wait to be taken, or work that may bring some waits for `enter`. Never a system call; without
+  /// `Traits.showsTaskWork` the second half stays unseen.
+  @inlinable @inline(__always)
+  public var hasWork: Bool {
+    // SAFETY: tail and flags lie in mappings owned by this ring.
+    unsafe completionHead != clinux_load_acquire_u32(completionTailPointer) || clinux_load_relaxed_u32(submissionFlags) & 6 != 0
+    // IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN
   }
 
   /// The next completion, or nil when none waits. Never a system call.

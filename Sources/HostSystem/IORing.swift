@@ -35,6 +35,8 @@ public struct IORing: ~Copyable {
     public var defersTaskWork = false
     /// `IORING_SETUP_COOP_TASKRUN` (Linux 5.19): completion work never interrupts us.
     public var cooperates = false
+    /// `IORING_SETUP_TASKRUN_FLAG` (Linux 5.19): waiting completion work shows in memory, so `hasWork` tells the whole truth.
+    public var showsTaskWork = false
     /// Operations and registrations are limited to what was asked for.
     public var isRestricted = false
     /// Slots of the submission queue.
@@ -102,8 +104,8 @@ public struct IORing: ~Copyable {
     let always = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | (traits.isRestricted ? IORING_SETUP_R_DISABLED : 0)
     let deferred = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
     let attempts: [UInt32] = [
-      always | IORING_SETUP_SUBMIT_ALL | deferred,
-      always | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN,
+      always | IORING_SETUP_SUBMIT_ALL | deferred | IORING_SETUP_TASKRUN_FLAG,
+      always | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
       always,
     ]
     var result: CInt = -EINVAL
@@ -116,6 +118,7 @@ public struct IORing: ~Copyable {
       if result >= 0 {
         traits.defersTaskWork = flags & IORING_SETUP_DEFER_TASKRUN != 0
         traits.cooperates = flags & (IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN) != 0
+        traits.showsTaskWork = flags & IORING_SETUP_TASKRUN_FLAG != 0
         break
       }
       if result != -EINVAL { break }
@@ -180,6 +183,7 @@ public struct IOOperation: RawRepresentable, Hashable, Sendable {
   @inlinable public static var sync: IOOperation { IOOperation(rawValue: 3) }
   @inlinable public static var poll: IOOperation { IOOperation(rawValue: 6) }
   @inlinable public static var pollRemove: IOOperation { IOOperation(rawValue: 7) }
+  @inlinable public static var timeout: IOOperation { IOOperation(rawValue: 11) }
   @inlinable public static var allocate: IOOperation { IOOperation(rawValue: 17) }
   @inlinable public static var read: IOOperation { IOOperation(rawValue: 22) }
   @inlinable public static var write: IOOperation { IOOperation(rawValue: 23) }

@@ -122,7 +122,7 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
     let file = ImageFile(byteCount: 4 << 20)
     let image: DiskImage
     do { image = try file.open(.init(isDirect: isDirect)) } catch DiskImageError.noDirectAccess { return }
-    var engine = BlockingEngine(image)
+    var engine = try ThreadEngine(image, depth: 8)
     try keepsItsPromises(file, image, &engine)
   }
 
@@ -145,7 +145,7 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
     event.signal()
     ring.turn(waiting: false)
     #expect(ring.nextEvent() == nil)
-    var plain = BlockingEngine(image)
+    var plain = try ThreadEngine(image, depth: 4)
     plain.watch(event.fd.rawValue, token: 4)
     event.signal()
     plain.turn(waiting: true)

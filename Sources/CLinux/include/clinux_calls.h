@@ -54,6 +54,10 @@ ssize_t clinux_pwritev2(int fd, const struct iovec *parts, int count, off_t offs
 int clinux_accept(int listener);
 // accept4(SOCK_CLOEXEC | SOCK_NONBLOCK).
 int clinux_accept_nonblocking(int listener);
+// st_size of fstat(2), or -errno.
+int64_t clinux_file_size(int fd);
+// f_type of fstatfs(2), or -errno.
+long clinux_file_system(int fd);
 // fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 int clinux_punch_hole(int fd, off_t offset, off_t length);
 

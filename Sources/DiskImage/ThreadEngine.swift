@@ -1,0 +1,141 @@
+import CLinux
+import Glibc
+import HostSystem
+
+/// Storage by ordinary calls in a few threads, for hosts without io_uring. Made and used in one thread.
+@safe
+package struct ThreadEngine: StorageEngine, ~Copyable {
+  /// Requests of one queue that are done at the same time.
+  package static let threadCount = 8
+
+  private let image: DiskImage
+  private let depth: Int
+  private let slots: UnsafeMutablePointer<TransferState>
+  private let pool: CallPool
+  private let threads: [HostThread]
+  private let cache: CachedReader?
+  /// Begun, and not handed over yet.
+  private var prepared: [UInt16] = []
+  private var completed: [(slot: UInt16, outcome: StorageOutcome)] = []
+  private var completedPosition = 0
+  private var watched: [(token: Int, fd: CInt)] = []
+  /// Tokens reported by the last turn and not taken yet.
+  private var ready: [Int] = []
+  private var entries: [pollfd] = []
+  private var wakeTime: MonotonicTime?
+
+  /// - Parameter threadCount: all of them run when this returns.
+  package init(_ image: DiskImage, depth: Int, threadCount: Int = ThreadEngine.threadCount) throws(SystemError) {
+    // One heap for all: a thread's own is made when it first allocates, which may be behind the walls, and makes calls of its own.
+    clinux_use_one_heap()
+    let slots = UnsafeMutablePointer<TransferState>.allocate(capacity: depth)
+    unsafe slots.initialize(repeating: TransferState(), count: depth)
+    let pool: CallPool
+    var threads: [HostThread] = []
+    do throws(SystemError) {
+      pool = try unsafe CallPool(image, slots, depth: depth)
+      let started = try EventFD()
+      let port = started.fd.rawValue
+      for number in 0..<threadCount {
+        threads.append(
+          try HostThread.start(name: "calls \(number)") {
+            var one: UInt64 = 1
+            // SAFETY: eight bytes of ours. The descriptor lives until every thread has written.
+            _ = unsafe write(port, &one, 8)
+            pool.work()
+          })
+      }
+      var running: UInt64 = 0
+      while running < UInt64(threadCount) {
+        try started.fd.waitUntil(.readable)
+        running += started.drain()
+      }
+    } catch {
+      unsafe slots.deallocate()
+      throw error
+    }
+    self.image = image
+    self.depth = depth
+    unsafe self.slots = slots
+    self.pool = pool
+    self.threads = threads
+    cache = CachedReader(image)
+    prepared.reserveCapacity(depth)
+    completed.reserveCapacity(depth)
+  }
+
+  deinit {
+    pool.end(threadCount: threads.count)
+    for thread in threads { thread.join() }
+    unsafe slots.deallocate()
+  }
+
+  package var hasPrepared: Bool { !prepared.isEmpty }
+  package var hasWork: Bool { !ready.isEmpty || completedPosition < completed.count }
+  package var canBePolled: Bool { false }
+
+  package mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome? {
+    precondition(slot >= 0 && slot < depth, "A slot number is below the depth of the engine.")
+    if image.isNull { return .done }
+    // SAFETY: checked above; a free slot is ours.
+    if let outcome = unsafe slots[slot].begin(request, image) { return outcome }
+    prepared.append(UInt16(truncatingIfNeeded: slot))
+    return nil
+  }
+
+  package mutating func copy(_ request: StorageRequest) -> Bool { cache?.copy(request) ?? false }
+  package var fileByteCount: UInt64 { image.fileByteCount }
+  package mutating func wake(at time: MonotonicTime) { if wakeTime == nil { wakeTime = time } }
+
+  package mutating func watch(_ fd: CInt, token: Int) { watched.append((token, fd)) }
+
+  package mutating func unwatch(_ fd: CInt, token: Int) {
+    watched.removeAll { $0.token == token }
+    ready.removeAll { $0 == token }
+  }
+
+  package mutating func turn(waiting: Bool) {
+    if !prepared.isEmpty {
+      pool.give(prepared)
+      prepared.removeAll(keepingCapacity: true)
+    }
+    guard !hasWork else { return }
+    entries.removeAll(keepingCapacity: true)
+    entries.append(pollfd(fd: pool.done.fd.rawValue, events: Int16(POLLIN), revents: 0))
+    for entry in watched { entries.append(pollfd(fd: entry.fd, events: Int16(POLLIN), revents: 0)) }
+    // SAFETY: the array is not changed during the call.
+    guard unsafe poll(&entries, nfds_t(entries.count), waiting ? timeout() : 0) > 0 else { return }
+    for (index, entry) in entries.enumerated() where entry.revents != 0 {
+      // Taken here, because the kernel would report it for ever.
+      var value: UInt64 = 0
+      if entry.revents & Int16(POLLIN) != 0 { _ = unsafe read(entry.fd, &value, 8) }
+      if index == 0 { pool.collect(into: &completed) } else { ready.append(watched[index - 1].token) }
+    }
+  }
+
+  /// Milliseconds to the time of `wake`, rounded up.
+  private func timeout() -> CInt {
+    guard let wakeTime else { return -1 }
+    return CInt(clamping: (wakeTime.since(.now).nanoseconds + 999_999) / 1_000_000)
+  }
+
+  package mutating func nextEvent() -> StorageEvent? {
+    if completedPosition < completed.count {
+      let (slot, outcome) = completed[completedPosition]
+      completedPosition += 1
+      if completedPosition == completed.count {
+        completed.removeAll(keepingCapacity: true)
+        completedPosition = 0
+      }
+      // SAFETY: slots are below the depth; this one is ours again.
+      let request = unsafe slots[Int(slot)].request
+      if outcome == .done, request.operation == .read || request.operation == .write { cache?.learn(request, image) }
+      return .completed(slot: Int(slot), outcome)
+    }
+    if let time = wakeTime, time <= .now {
+      wakeTime = nil
+      return .time
+    }
+    return ready.isEmpty ? nil : .readable(token: ready.removeFirst())
+  }
+}
