@@ -119,7 +119,7 @@ public struct BackendProgram: Sendable {
       Signals.ignoreBrokenPipes()
       // Without a supervisor memory need not be sealed; who cuts it off shall lose the connection, not end the program.
       if !launch.isSupervised { clinux_bus_guard() }
-      let signals = try Signals.descriptor(for: [SIGTERM, SIGINT])
+      let signals = try Signals.descriptor(for: [SIGTERM, SIGINT, SIGHUP])
       let ready = try ReadyPort(launch.readyFD)
       var context = try BackendContext()
       try context.loop.add(signals, for: .readable, token: .signals)
@@ -129,7 +129,8 @@ public struct BackendProgram: Sendable {
       let calls = SystemCallNeeds([.base, .device]).rules + device.systemCalls.rules
       // Late, so that a start that fails leaves no socket behind.
       let entrance = try Entrance(launch)
-      var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised)
+      let statistics = try statisticsMemory(launch, queueCount: device.profile.queueCount)
+      var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised, statistics: statistics)
       try wall { () throws(SandboxError) in
         try ProcessWalls.closeCalls(calls, launch.walls)
       }
@@ -170,6 +171,22 @@ public struct BackendProgram: Sendable {
     _ socket: consuming OwnedFD, _ device: consuming Device
   ) throws(BackendError) {
     try serve(socket, ChainBackend(device))
+  }
+
+  private func statisticsMemory(_ launch: LaunchArguments, queueCount: Int) throws(BackendError) -> MemoryMapping? {
+    guard let number = launch.statisticsFD else { return nil }
+    do {
+      let file = try OwnedFD.inherited(number)
+      let size = queueCount * QueueStatistics.pageByteCount
+      guard try file.status().byteCount >= UInt64(size) else {
+        throw BackendError.badOption("--stats-fd", why: "is too small for \(queueCount) queues")
+      }
+      return try .shared(file, byteCount: size)
+    } catch let error as SystemError {
+      throw .system(error)
+    } catch {
+      throw error as? BackendError ?? .badOption("--stats-fd", why: "cannot be used")
+    }
   }
 
   private func wall(_ body: () throws(SandboxError) -> Void) throws(BackendError) {

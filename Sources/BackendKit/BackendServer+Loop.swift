@@ -88,11 +88,13 @@ extension BackendServer where Device: ~Copyable {
       for event in try context.loop.wait() {
         switch event.token {
         case .listener: hasVisitor = true
-        case .signals: if Signals.next(from: signals) != nil { return nil }
+        case .signals: if isEnding(signals) { return nil }
         case .device(let token): device.ready(token, event.readiness, &context)
         case .control, .kick: break
         }
       }
+      // Without a front end there is nobody to be told.
+      context.configurationHasChanged = false
       if let why = context.endReason {
         Log.error(why)
         return nil
@@ -134,7 +136,7 @@ extension BackendServer where Device: ~Copyable {
           device.kicked(queue: index, &context)
         case .device(let token): device.ready(token, event.readiness, &context)
         case .signals:
-          if Signals.next(from: signals) != nil { return .asked }
+          if isEnding(signals) { return .asked }
         case .control:
           do { try connection.receive(now: .now, &self) } catch { return ended(by: error) }
         case .listener: break
@@ -147,6 +149,17 @@ extension BackendServer where Device: ~Copyable {
         connection.notifyConfigurationChange()
       }
       if let why = context.endReason { return .failed(why) }
+    }
+  }
+
+  /// Takes a signal; true if it asks for the end. SIGHUP: whatever the device stands on may have changed.
+  private mutating func isEnding(_ signals: borrowing OwnedFD) -> Bool {
+    switch Signals.next(from: signals) {
+    case nil: return false
+    case SIGHUP:
+      device.lookAgain(&context)
+      return false
+    default: return true
     }
   }
 

@@ -21,11 +21,21 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   var features: FeatureSet = []
   var hasWarnedOfUnsealed = false
 
-  init(_ device: consuming Device, _ context: consuming BackendContext, allowsUnsealedMemory: Bool) throws(SystemError) {
+  /// - Parameter statistics: a page for every queue, to be read by others; nil for memory of our own.
+  init(
+    _ device: consuming Device, _ context: consuming BackendContext, allowsUnsealedMemory: Bool, statistics: MemoryMapping? = nil
+  ) throws(SystemError) {
     let profile = device.profile
     var rings: [RingRecord] = []
+    let pages: MemoryMapping
+    if let statistics {
+      pages = statistics
+    } else {
+      pages = try .anonymous(byteCount: profile.queueCount * QueueStatistics.pageByteCount)
+    }
     for index in 0..<profile.queueCount {
-      rings.append(RingRecord(index: index, ports: try QueuePorts(asksForRoom: profile.kickWaiter == .loop)))
+      let ports = try QueuePorts(QueueCounters(pages, page: index), asksForRoom: profile.kickWaiter == .loop)
+      rings.append(RingRecord(index: index, ports: ports))
     }
     let store =
       profile.recordsInflight

@@ -70,6 +70,7 @@ struct ChainBackend<Device: ChainDevice & ~Copyable>: DeviceBackend, ~Copyable {
 
   mutating func prepare(_ context: inout BackendContext) throws(BackendError) { try device.prepare(&context) }
   mutating func reset(_ context: inout BackendContext) { device.reset(&context) }
+  mutating func lookAgain(_ context: inout BackendContext) { device.lookAgain(&context) }
   mutating func disconnected(_ context: inout BackendContext) { device.disconnected(&context) }
   mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) { device.negotiated(features, &context) }
   mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool {

@@ -68,6 +68,9 @@ public protocol VirtioDevice: ~Copyable {
   /// A descriptor that the device watches is ready.
   mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext)
 
+  /// Somebody has changed what the device stands on (an image's size, say) and sent SIGHUP to say so.
+  mutating func lookAgain(_ context: inout BackendContext)
+
   /// The driver reset the device (`RESET_DEVICE`, status 0); no queue runs now.
   mutating func reset(_ context: inout BackendContext)
 
@@ -82,6 +85,7 @@ extension VirtioDevice where Self: ~Copyable {
   public mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) {}
   public mutating func writeConfiguration(_ bytes: [UInt8], at offset: Int, _ context: inout BackendContext) -> Bool { false }
   public mutating func ready(_ token: Int, _ readiness: Readiness, _ context: inout BackendContext) {}
+  public mutating func lookAgain(_ context: inout BackendContext) {}
   public mutating func reset(_ context: inout BackendContext) {}
   public mutating func disconnected(_ context: inout BackendContext) {}
 }

@@ -35,6 +35,8 @@ public struct LaunchArguments: Sendable {
   public var connection: Connection?
   /// Receives `READY\n` once the sandbox is closed. Its presence says that a supervisor stands behind us.
   public var readyFD: CInt?
+  /// Memory for statistics, a page for every queue, which whoever started us reads.
+  public var statisticsFD: CInt?
   /// Who this process is, for example `vm/web1/disk0`.
   public var title: String?
   public var logLevel = Log.Level.warning
@@ -69,6 +71,7 @@ public struct LaunchArguments: Sendable {
     .value("socket-path", "PATH", "listen on this Unix socket and serve front ends, one after another"),
     .value("fd", "NUMBER", "serve the front end at the other end of this inherited socket"),
     .value("ready-fd", "NUMBER", "write READY to this descriptor when the device can serve"),
+    .value("stats-fd", "NUMBER", "keep statistics in this shared memory, a page for every queue"),
     .value("title", "TEXT", "who this process is, for logs and process lists"),
     .value("sandbox", "MODE", "off, on, or log: do what the walls forbid, and write it to the kernel's log (default: off)"),
     .value("log", "LEVEL", "error, warning, info or debug (default: warning)"),
@@ -125,6 +128,7 @@ public struct LaunchArguments: Sendable {
       guard connection == nil else { throw .noConnection }
       connection = name == "fd" ? .descriptor(try Self.descriptorNumber(value, of: "--fd")) : .listen(value)
     case "ready-fd": readyFD = try Self.descriptorNumber(value, of: "--ready-fd")
+    case "stats-fd": statisticsFD = try Self.descriptorNumber(value, of: "--stats-fd")
     case "title": title = value
     case "sandbox":
       guard let mode = WallMode(rawValue: value) else { throw .badOption("--sandbox", why: "is on, off or log, not \(value)") }

@@ -15,13 +15,13 @@ public final class QueuePorts: Sendable {
   /// blocking and full. Asking before costs a system call; a thread of the device's own is let go by `makeRoomForCalls`.
   @usableFromInline let asksForRoom: Bool
 
-  init(asksForRoom: Bool) throws(SystemError) {
+  init(_ counters: QueueCounters, asksForRoom: Bool) throws(SystemError) {
     self.asksForRoom = asksForRoom
     // Dummies until the front end sends its own: a call before that goes nowhere, as the protocol has it.
     callPort = try EventFD()
     errorPort = try EventFD()
     nowhere = try EventFD()
-    counters = QueueCounters()
+    self.counters = counters
   }
 
   @inlinable @inline(__always)

@@ -4,18 +4,35 @@ import HostSystem
 import VirtioQueue
 import VirtioSpec
 
-/// The block device towards the kit: one worker thread per queue, all of them started before the sandbox closes and
-/// asleep until their queue is.
-package struct BlockBackend: DeviceBackend, ~Copyable {
+/// What a block device is to be, besides its image.
+package struct BlockOptions: Sendable {
   /// How the storage is reached.
   package enum Access: String, Sendable {
     case ring = "io_uring"
-    /// Ordinary calls, one at a time per queue.
-    case blocking
+    /// Ordinary calls, in threads of their own.
+    case threads
   }
 
+  package var queueCount = 1
+  package var greatestQueueSize: UInt16 = 256
+  /// The logical block the guest sees; nil for the image's own.
+  package var blockSize: Int?
+  /// At most 20 bytes.
+  package var serial = ""
+  /// Nil for io_uring where there is one.
+  package var access: Access?
+  package var poll = PollPolicy.auto
+  package var byteRate: RateBucket?
+  package var operationRate: RateBucket?
+
+  package init() {}
+}
+
+/// The block device towards the kit: one worker thread per queue, all of them started before the sandbox closes and
+/// asleep until their queue is.
+package struct BlockBackend: DeviceBackend, ~Copyable {
   private let space: BlockConfigurationSpace
-  private let access: Access?
+  private let access: BlockOptions.Access?
   private var desks: [WorkerDesk] = []
   private var threads: [HostThread] = []
   private var usesRing = false
@@ -23,16 +40,9 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
   /// Queues a worker has.
   private var running: [Int: QueuePorts] = [:]
 
-  /// - Parameters:
-  ///   - blockSize: the logical block the guest sees; nil for the image's own.
-  ///   - access: nil for io_uring where there is one.
-  package init(
-    image: DiskImage, queueCount: Int, greatestQueueSize: UInt16, blockSize: Int?, serial: String, access: Access? = nil
-  ) {
-    space = BlockConfigurationSpace(
-      image: image, queueCount: queueCount, greatestQueueSize: greatestQueueSize, blockSize: blockSize ?? image.logicalBlockSize,
-      serial: serial)
-    self.access = access
+  package init(image: DiskImage, _ options: BlockOptions) {
+    space = BlockConfigurationSpace(image: image, blockSize: options.blockSize ?? image.logicalBlockSize, options)
+    access = options.access
   }
 
   deinit {
@@ -62,7 +72,7 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
         let port = SignalPort(signal)
         threads.append(
           try HostThread.start(name: "queue \(index)") {
-            runBlockWorker(desk, space, access) { report in
+            runBlockWorker(desk, space, access, queue: index) { report in
               start.set(report)
               port.event.signal()
             }
@@ -102,6 +112,16 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
     guard let ports = running.removeValue(forKey: index) else { return nil }
     desks[index].give(.stop)
     do { return try desks[index].collect(ports) } catch { throw .system(error) }
+  }
+
+  package mutating func lookAgain(_ context: inout BackendContext) {
+    do {
+      guard try space.image.lookAgain() else { return }
+      Log.info("The disk has \(space.image.byteCount) bytes now")
+      context.configurationChanged()
+    } catch {
+      Log.warning("The disk's size cannot be taken anew, and stays: \(error)")
+    }
   }
 
   package mutating func reset(_ context: inout BackendContext) { space.reset() }

@@ -10,6 +10,8 @@ final class BlockConfigurationSpace: Sendable {
   let blockSize: Int
   /// GET_ID's answer: 20 bytes, padded with zeros.
   let serial: [UInt8]
+  let pollPolicy: PollPolicy
+  let limiter: RateLimiter?
 
   /// What the driver wrote into `writeback`; until it does, write-back. Stays until the device is reset: a stop and a start,
   /// with the same features negotiated again, must not loosen what the driver relies on.
@@ -18,12 +20,14 @@ final class BlockConfigurationSpace: Sendable {
   /// Completed writes may stay in the host's cache until a flush. Read by every queue for every write.
   private let isWriteback = Atomic<Bool>(true)
 
-  init(image: DiskImage, queueCount: Int, greatestQueueSize: UInt16, blockSize: Int, serial: String) {
+  init(image: DiskImage, blockSize: Int, _ options: BlockOptions) {
     self.image = image
-    self.queueCount = queueCount
-    self.greatestQueueSize = greatestQueueSize
+    queueCount = options.queueCount
+    greatestQueueSize = options.greatestQueueSize
+    pollPolicy = options.poll
+    limiter = RateLimiter(bytes: options.byteRate, operations: options.operationRate)
     self.blockSize = blockSize
-    var bytes = Array(serial.utf8.prefix(BlockSpec.idByteCount))
+    var bytes = Array(options.serial.utf8.prefix(BlockSpec.idByteCount))
     bytes.append(contentsOf: repeatElement(0, count: BlockSpec.idByteCount - bytes.count))
     self.serial = bytes
   }

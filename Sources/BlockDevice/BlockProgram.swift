@@ -11,13 +11,23 @@ public enum BlockProgram {
     options: [
       .value("blk-file", "PATH", "the disk image: a raw file or a block device"),
       .value("blk-fd", "NUMBER", "the disk image as an inherited descriptor"),
+      .value("blk-null", "SIZE", "no storage: every request is done at once and reads bring nothing; for measuring"),
       .flag("read-only", "refuse to write, and lock the image for reading only"),
+      .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
       .value("serial", "TEXT", "what the guest reads as the disk's id (at most 20 bytes)"),
       .value("num-queues", "COUNT", "request queues, 1 to 64 (default: one per processor, at most 8)"),
       .value("queue-size", "COUNT", "most entries of a queue, a power of two up to 1024 (default: 256)"),
       .value("block-size", "BYTES", "logical block: 512 or 4096 (default: the storage's own)"),
       .flag("direct", "bypass the host's page cache"),
-      .value("aio", "HOW", "io_uring, or blocking (default: io_uring where the host has it)"),
+      .value("aio", "HOW", "io_uring, or threads (default: io_uring where the host has it)"),
+      .value("cache-map", "ON", "on or off: copy data the host has cached from a mapping of the file (default: on where it is safe)"),
+      .value("poll", "HOW", "look for work before sleeping: auto, off, or so many microseconds (default: auto)"),
+      .value("bw-size", "BYTES", "rate limit: bytes in a bucket that refills within --bw-refill-time"),
+      .value("bw-one-time-burst", "BYTES", "bytes more at the start, once"),
+      .value("bw-refill-time", "MS", "milliseconds to refill the bucket"),
+      .value("ops-size", "COUNT", "rate limit: requests in a bucket that refills within --ops-refill-time"),
+      .value("ops-one-time-burst", "COUNT", "requests more at the start, once"),
+      .value("ops-refill-time", "MS", "milliseconds to refill the bucket"),
     ])
 
   /// Runs the program with the process's arguments; returns its exit code.
@@ -26,40 +36,75 @@ public enum BlockProgram {
   }
 
   static func makeDevice(_ launch: LaunchArguments) throws(BackendError) -> BlockBackend {
-    let options = DiskImage.Options(isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"))
-    let image: DiskImage
+    let image = try openImage(launch)
+    var options = BlockOptions()
+    options.queueCount = try launch.number("num-queues", in: 1...64) ?? max(1, min(8, sysconf(CInt(_SC_NPROCESSORS_ONLN))))
+    let queueSize = try launch.number("queue-size", in: 2...1024) ?? 256
+    guard queueSize & (queueSize - 1) == 0 else { throw .badOption("--queue-size", why: "needs a power of two, not \(queueSize)") }
+    options.greatestQueueSize = UInt16(queueSize)
+    options.blockSize = try launch.number("block-size", in: 512...4096)
+    if let blockSize = options.blockSize {
+      guard blockSize == 512 || blockSize == 4096 else { throw .badOption("--block-size", why: "is 512 or 4096, not \(blockSize)") }
+      guard blockSize >= image.logicalBlockSize else {
+        throw .badOption("--block-size", why: "is smaller than the storage's own block of \(image.logicalBlockSize) bytes")
+      }
+    }
+    options.serial = launch.value("serial") ?? ""
+    guard options.serial.utf8.count <= 20 else {
+      throw .badOption("--serial", why: "has at most 20 bytes, not \(options.serial.utf8.count)")
+    }
+    if let text = launch.value("aio") {
+      guard let known = BlockOptions.Access(rawValue: text) else {
+        throw .badOption("--aio", why: "is io_uring or threads, not \(text)")
+      }
+      options.access = known
+    }
+    if let text = launch.value("poll") {
+      guard let policy = PollPolicy(text) else {
+        throw .badOption("--poll", why: "is auto, off, or microseconds from 1 to 1000000, not \(text)")
+      }
+      options.poll = policy
+    }
+    options.byteRate = try rate(launch, "bw")
+    options.operationRate = try rate(launch, "ops")
+    return BlockBackend(image: image, options)
+  }
+
+  private static func openImage(_ launch: LaunchArguments) throws(BackendError) -> DiskImage {
+    var options = DiskImage.Options(
+      isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"), isShared: launch.has("force-share"))
+    guard !options.isShared || options.isReadOnly else { throw .badOption("--force-share", why: "goes with --read-only") }
+    switch launch.value("cache-map") {
+    case nil, "on": options.mapsCache = true
+    case "off": options.mapsCache = false
+    case let text?: throw .badOption("--cache-map", why: "is on or off, not \(text)")
+    }
+    let nullSize = try launch.number("blk-null", in: 512...Int.max)
     do {
-      switch (launch.value("blk-file"), try launch.descriptor("blk-fd")) {
-      case (let path?, nil): image = try DiskImage.open(path, options)
-      case (nil, let number?):
-        image = try DiskImage(try .inherited(number), name: launch.title.map { "of " + $0 } ?? "descriptor \(number)", options)
-      default: throw BackendError.device("Exactly one of --blk-file=PATH and --blk-fd=NUMBER is needed")
+      switch (launch.value("blk-file"), try launch.descriptor("blk-fd"), nullSize) {
+      case (let path?, nil, nil): return try DiskImage.open(path, options)
+      case (nil, let number?, nil):
+        return try DiskImage(try .inherited(number), name: launch.title.map { "of " + $0 } ?? "descriptor \(number)", options)
+      case (nil, nil, let size?): return try DiskImage(nullOf: UInt64(size))
+      default: throw BackendError.device("Exactly one of --blk-file=PATH, --blk-fd=NUMBER and --blk-null=SIZE is needed")
       }
     } catch let error as BackendError {
       throw error
     } catch {
       throw .device("\(error)")
     }
-    let queueCount = try launch.number("num-queues", in: 1...64) ?? max(1, min(8, sysconf(CInt(_SC_NPROCESSORS_ONLN))))
-    let queueSize = try launch.number("queue-size", in: 2...1024) ?? 256
-    guard queueSize & (queueSize - 1) == 0 else { throw .badOption("--queue-size", why: "needs a power of two, not \(queueSize)") }
-    let blockSize = try launch.number("block-size", in: 512...4096)
-    if let blockSize {
-      guard blockSize == 512 || blockSize == 4096 else { throw .badOption("--block-size", why: "is 512 or 4096, not \(blockSize)") }
-      guard blockSize >= image.logicalBlockSize else {
-        throw .badOption("--block-size", why: "is smaller than the storage's own block of \(image.logicalBlockSize) bytes")
+  }
+
+  private static func rate(_ launch: LaunchArguments, _ name: String) throws(BackendError) -> RateBucket? {
+    let size = try launch.number(name + "-size", in: 1...(1 << 50))
+    let time = try launch.number(name + "-refill-time", in: 1...86_400_000)
+    let burst = try launch.number(name + "-one-time-burst", in: 0...(1 << 50))
+    guard let size, let time else {
+      guard size == nil, time == nil, burst == nil else {
+        throw .badOption("--\(name)-size", why: "and --\(name)-refill-time go together")
       }
+      return nil
     }
-    let serial = launch.value("serial") ?? ""
-    guard serial.utf8.count <= 20 else { throw .badOption("--serial", why: "has at most 20 bytes, not \(serial.utf8.count)") }
-    var access: BlockBackend.Access?
-    if let text = launch.value("aio") {
-      guard let known = BlockBackend.Access(rawValue: text) else {
-        throw .badOption("--aio", why: "is io_uring or blocking, not \(text)")
-      }
-      access = known
-    }
-    return BlockBackend(
-      image: image, queueCount: queueCount, greatestQueueSize: UInt16(queueSize), blockSize: blockSize, serial: serial, access: access)
+    return RateBucket(size: UInt64(size), oneTimeBurst: UInt64(burst ?? 0), refillTime: .milliseconds(time))
   }
 }

@@ -1,4 +1,5 @@
 import BackendKit
+import CLinux
 import DiskImage
 import Glibc
 import HostSystem
@@ -27,6 +28,25 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   var chain: DescriptorChain
   var limits: BlockLimits
   var inFlight = 0
+  var poll: PollBudget
+  /// The time as it was when the present turn began to take or to answer, in nanoseconds.
+  var now: UInt64 = 0
+  /// A rate limit was reached; the engine will say when it is over.
+  var isThrottled = false
+  /// Answers not shown to the driver yet.
+  var answered = 0
+  /// Slots whose data was copied and whose file has still to be looked at.
+  let copied: UnsafeMutablePointer<UInt16>
+  var copiedCount = 0
+  /// Turns until storage is tried without sleeping again, and how many the next failure costs.
+  var turnsToTrial = 0
+  var trialPenalty = 0
+
+  /// Answers shown to the driver together: few while it is awake, so that it goes on beside us; many when each time wakes it.
+  var batch = Self.wakefulBatch
+
+  static var wakefulBatch: Int { 16 }
+  static var greatestBatch: Int { 32 }
 
   init(_ desk: WorkerDesk, _ space: BlockConfigurationSpace, _ engine: consuming Engine) throws(SystemError) {
     let depth = Int(space.greatestQueueSize)
@@ -46,13 +66,19 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     self.depth = depth
     self.ranges = ranges
     self.pool = pool
+    poll = PollBudget(space.pollPolicy)
     chain = DescriptorChain(capacity: max(depth, 1024) + 16)
+    unsafe copied = .allocate(capacity: Self.greatestBatch)
+    unsafe copied.initialize(repeating: 0, count: Self.greatestBatch)
     limits = space.limits
     unsafe slots = .allocate(capacity: depth)
     unsafe slots.initialize(repeating: RequestSlot(), count: depth)
   }
 
-  deinit { unsafe slots.deallocate() }
+  deinit {
+    unsafe slots.deallocate()
+    unsafe copied.deallocate()
+  }
 
   /// Serves one queue after another until told to leave.
   mutating func run() {
@@ -76,22 +102,24 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
 
   /// Serves a queue until told to stop, and then until nothing of it is in flight; true when told to leave altogether.
   private mutating func serve(_ queue: inout DeviceQueue) -> Bool {
-    limits = space.limits
     var leaves = false
     var isTaking = true
     engine.watch(queue.kickFD, token: WatchToken.kick)
     // Buffers may have been made available before anybody listened.
-    take(&queue, &isTaking)
+    _ = take(&queue)
     while isTaking || inFlight > 0 {
-      // Asking for kicks comes last before sleeping; what came meanwhile is taken without sleeping.
-      let hasMore = isTaking && queue.ring.enableKicks()
-      engine.turn(waiting: !hasMore)
+      handOver(&queue, isTaking)
       var hasOrder = false
+      var wasKicked = false
+      var reaped = false
       while let event = engine.nextEvent() {
         switch event {
-        case .completed(let slot, let outcome): finish(slot, outcome, &queue)
-        case .readable(let token):
-          if token == WatchToken.order { hasOrder = true } else { queue.counters.kicks.add(1) }
+        case .completed(let slot, let outcome):
+          if !reaped { now = MonotonicTime.now.nanoseconds }
+          reaped = true
+          finish(slot, outcome, &queue)
+        case .readable(let token): if token == WatchToken.order { hasOrder = true } else { wasKicked = true }
+        case .time: isThrottled = false
         }
       }
       if hasOrder {
@@ -104,20 +132,102 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
           leaves = true
         }
       }
-      if queue.ring.publish() { queue.call() }
-      if isTaking { take(&queue, &isTaking) }
+      if reaped { publish(&queue) }
+      let tookAny = isTaking && take(&queue)
+      if wasKicked {
+        queue.counters.kicks.add(1)
+        if !tookAny { queue.counters[.mergedKicks].add(1) }
+      }
     }
     engine.unwatch(queue.kickFD, token: WatchToken.kick)
     return leaves
   }
 
-  /// Takes everything available and begins it; publishes what could be answered at once.
-  private mutating func take(_ queue: inout DeviceQueue, _ isTaking: inout Bool) {
+  /// Gives the storage what was begun, and returns when there may be something to do: at once, after looking for it, or
+  /// after sleeping.
+  @inline(__always)
+  private mutating func handOver(_ queue: inout DeviceQueue, _ isTaking: Bool) {
+    let takes = isTaking && !isThrottled
+    // Storage that answered within the call the last time is expected to do so again. Then nobody has to be asked for kicks.
+    if engine.hasPrepared {
+      if turnsToTrial == 0 {
+        engine.turn(waiting: false)
+        if engine.hasWork || takes && queue.ring.hasAvailable() {
+          trialPenalty = 0
+          return
+        }
+        trialPenalty = min(2 * trialPenalty + 1, 63)
+        turnsToTrial = trialPenalty
+      } else {
+        turnsToTrial -= 1
+      }
+    } else if engine.hasWork {
+      return engine.turn(waiting: false)
+    }
+    // Storage that did not answer at once takes longer than it pays to look; the driver's next request may not.
+    if takes, inFlight == 0, poll.nanoseconds > 0, engine.canBePolled, look(&queue, takes) {
+      queue.counters[.polls].add(1)
+      return
+    }
+    // Asking for kicks comes last before sleeping; what came meanwhile is taken without sleeping.
+    if takes && queue.ring.enableKicks() { return engine.turn(waiting: false) }
+    queue.counters[.sleeps].add(1)
+    guard poll.isLearning, inFlight == 0 else { return engine.turn(waiting: true) }
+    let begin = MonotonicTime.now.nanoseconds
+    engine.turn(waiting: true)
+    poll.slept(from: begin, to: MonotonicTime.now.nanoseconds)
+  }
+
+  /// Looks for work until there is some or the budget is used up; whether there is.
+  private mutating func look(_ queue: inout DeviceQueue, _ takes: Bool) -> Bool {
+    let begin = MonotonicTime.now.nanoseconds
+    var last = begin
+    var yielded = begin
+    // Bounded by the budget.
+    while true {
+      for _ in 0..<8 {
+        if engine.hasWork || takes && queue.ring.hasAvailable() {
+          poll.succeeded()
+          return true
+        }
+        clinux_pause()
+      }
+      var time = MonotonicTime.now.nanoseconds
+      var isLost = time &- last > PollBudget.lostTime
+      if !isLost, poll.isLearning, time &- yielded >= PollBudget.yieldInterval {
+        // Whoever we wait for may be waiting for this processor.
+        sched_yield()
+        yielded = MonotonicTime.now.nanoseconds
+        isLost = yielded &- time > PollBudget.yieldTime
+        time = yielded
+      }
+      if isLost {
+        poll.lostProcessor(now: time)
+        return engine.hasWork || takes && queue.ring.hasAvailable()
+      }
+      last = time
+      if time &- begin >= poll.nanoseconds { return false }
+    }
+  }
+
+  /// Takes everything available and begins it; publishes what could be answered at once. Whether there was anything.
+  private mutating func take(_ queue: inout DeviceQueue) -> Bool {
+    if isThrottled { return false }
     queue.ring.disableKicks()
+    limits = space.limits
+    now = MonotonicTime.now.nanoseconds
+    if let limiter = space.limiter, throttle(limiter, &queue) { return false }
+    var count = 0
     // At most a ring full: an honest driver has no more outstanding, another one shall not keep us here.
-    rounds: for _ in 0..<depth {
+    rounds: while count < depth {
       switch queue.ring.next(&chain) {
-      case .chain: begin(&queue)
+      case .chain:
+        count &+= 1
+        begin(&queue)
+        // The driver can go on with these while we do the next ones.
+        if copiedCount >= batch { finishCopies(&queue) }
+        if answered >= batch { publish(&queue) }
+        if let limiter = space.limiter, !limiter.isOpen { break rounds }
       case .empty: break rounds
       case .broken(let why):
         // In-flight requests are waited for; the ring takes no more answers.
@@ -125,173 +235,41 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
         break rounds
       }
     }
-    if queue.ring.publish() { queue.call() }
-  }
-}
-
-// MARK: - One request
-
-extension BlockQueueWorker where Engine: ~Copyable {
-  @inline(__always)
-  private mutating func begin(_ queue: inout DeviceQueue) {
-    let token = chain.token
-    guard let status = unsafe chain.takeLastWritableByte() else {
-      // Nowhere to say what is wrong: given back empty.
-      queue.counters.errors.add(1)
-      queue.ring.complete(token, written: 0)
-      return
-    }
-    let index = Int(token.head)
-    precondition(index < depth, "A ring is no larger than the device allows.")
-    // SAFETY: index < depth. The slot is free: its head is not in flight.
-    let slot = unsafe slots + index
-    unsafe slot.pointee.token = token
-    unsafe slot.pointee.status = status.assumingMemoryBound(to: UInt8.self)
-    unsafe slot.pointee.readByteCount = 0
-    unsafe slot.pointee.writeByteCount = 0
-    unsafe slot.pointee.block = -1
-    unsafe slot.pointee.rangeCount = 0
-    inFlight += 1
-    // Several processes have been killed with it in flight.
-    if chain.isPoisoned { return refuse(index, .ioError, &queue) }
-
-    switch BlockRequest.take(from: &chain, limits) {
-    case .read(let sector):
-      let byteCount = chain.writableByteCount
-      unsafe slot.pointee.readByteCount = UInt32(byteCount)
-      unsafe transfer(index, .read, sector, chain.writable, byteCount, &queue)
-    case .write(let sector):
-      let byteCount = chain.readableByteCount
-      unsafe slot.pointee.writeByteCount = UInt32(byteCount)
-      unsafe transfer(index, .write, sector, chain.readable, byteCount, &queue)
-    case .flush: start(index, StorageRequest(.flush), &queue)
-    case .getID:
-      let room = chain.writableByteCount
-      let written = unsafe space.serial.withUnsafeBytes { unsafe chain.put($0) }
-      answer(index, .ok, written: UInt32(written == room ? written + 1 : written), &queue)
-    case .discard(let count): startRanges(index, count, zeroing: false, &queue)
-    case .writeZeroes(let count): startRanges(index, count, zeroing: true, &queue)
-    case .refused(let status): refuse(index, status, &queue)
-    }
-  }
-
-  /// A read or write over the pieces of a chain. They are copied, because the chain is filled again by the next one.
-  @inline(__always)
-  private mutating func transfer(
-    _ index: Int, _ operation: StorageOperation, _ sector: UInt64, _ pieces: UnsafeMutableBufferPointer<iovec>, _ byteCount: Int,
-    _ queue: inout DeviceQueue
-  ) {
-    let slot = unsafe slots + index
-    let vectors: UnsafeMutablePointer<iovec>
-    let count = pieces.count
-    if count <= 1 {
-      if count == 1 { unsafe slot.pointee.piece = pieces[0] }
-      // SAFETY: slots are memory of our own that stays where it is.
-      unsafe vectors = UnsafeMutableRawPointer(slot).advanced(by: MemoryLayout<RequestSlot>.offset(of: \.piece) ?? 0)
-        .assumingMemoryBound(to: iovec.self)
-    } else {
-      guard count <= VectorPool.vectorsPerBlock, let first = pieces.baseAddress else { return refuse(index, .ioError, &queue) }
-      let block = pool.take()
-      unsafe slot.pointee.block = block
-      unsafe vectors = pool.vectors(block)
-      unsafe vectors.update(from: first, count: count)
-    }
-    let durable = operation == .write && space.isWriteThrough
-    start(
-      index,
-      unsafe StorageRequest(
-        operation, offset: sector << 9, byteCount: UInt64(byteCount), vectors: vectors, vectorCount: count, isDurable: durable),
-      &queue)
+    if copiedCount > 0 { finishCopies(&queue) }
+    if count > 0 { queue.counters[.batches].add(1) }
+    publish(&queue)
+    return count > 0
   }
 
   @inline(__always)
-  private mutating func start(_ index: Int, _ request: StorageRequest, _ queue: inout DeviceQueue) {
-    if let outcome = engine.begin(index, request) { finish(index, outcome, &queue) }
+  private mutating func publish(_ queue: inout DeviceQueue) {
+    guard answered > 0 else { return }
+    answered = 0
+    let isAsleep = queue.ring.publish()
+    if isAsleep { queue.call() }
+    batch = isAsleep ? Self.greatestBatch : Self.wakefulBatch
   }
 
-  /// Copies the ranges out, checks all of them, and begins with the first.
-  private mutating func startRanges(_ index: Int, _ count: Int, zeroing: Bool, _ queue: inout DeviceQueue) {
-    // SAFETY: count <= greatestRangeCount ranges at the slot's own place in the mapping.
-    let list = unsafe rangeList(index)
-    for number in 0..<count {
-      guard let range = chain.takeReadable(BlockRangeSegment.self) else { return refuse(index, .ioError, &queue) }
-      // Checked before any of them is done, so that a bad request changes nothing.
-      if case .failure(let refusal) = range.checked(zeroing: zeroing, limits) { return refuse(index, refusal.status, &queue) }
-      unsafe list[number] = range
+  /// Whether a rate limit holds requests back now; then the engine wakes us when it does not.
+  private mutating func throttle(_ limiter: RateLimiter, _ queue: inout DeviceQueue) -> Bool {
+    let wait = limiter.wait(at: now)
+    guard wait > 0, queue.ring.hasAvailable() else { return false }
+    isThrottled = true
+    queue.counters[.throttles].add(1)
+    engine.wake(at: MonotonicTime(nanoseconds: now &+ wait))
+    return true
+  }
+
+  /// What was copied counts if the file is still as long as it was.
+  private mutating func finishCopies(_ queue: inout DeviceQueue) {
+    let end = engine.fileByteCount
+    now = MonotonicTime.now.nanoseconds
+    for number in 0..<copiedCount {
+      // SAFETY: number < greatestBatch.
+      let index = unsafe Int(copied[number])
+      let isWhole = unsafe slots[index].dataEnd <= end
+      finish(index, isWhole ? .done : .failed(.inputOutput), &queue)
     }
-    unsafe slots[index].nextRange = 0
-    unsafe slots[index].rangeCount = UInt16(count)
-    unsafe slots[index].isZeroing = zeroing
-    continueRanges(index, &queue)
-  }
-
-  /// Begins the next range, or answers when there is none. Bounded by the number of ranges.
-  private mutating func continueRanges(_ index: Int, _ queue: inout DeviceQueue) {
-    let list = unsafe rangeList(index)
-    while unsafe slots[index].nextRange < slots[index].rangeCount {
-      let range = unsafe list[Int(slots[index].nextRange)]
-      unsafe slots[index].nextRange += 1
-      guard range.sectorCount > 0, case .success(var request) = unsafe range.checked(zeroing: slots[index].isZeroing, limits) else {
-        continue
-      }
-      request.isDurable = space.isWriteThrough
-      switch engine.begin(index, request) {
-      case nil: return
-      case .done: continue
-      case .failed(let error): return fail(index, error, &queue)
-      }
-    }
-    answer(index, .ok, written: 1, &queue)
-  }
-
-  @unsafe
-  private func rangeList(_ index: Int) -> UnsafeMutablePointer<BlockRangeSegment> {
-    unsafe ranges.baseAddress.assumingMemoryBound(to: BlockRangeSegment.self) + index * BlockLimits.greatestRangeCount
-  }
-
-  /// The storage is done with what was begun in a slot.
-  @inline(__always)
-  mutating func finish(_ index: Int, _ outcome: StorageOutcome, _ queue: inout DeviceQueue) {
-    switch outcome {
-    case .done:
-      let slot = unsafe slots + index
-      if unsafe slot.pointee.rangeCount > 0 { return continueRanges(index, &queue) }
-      let readByteCount = unsafe slot.pointee.readByteCount
-      queue.counters.bytesWritten.add(UInt64(readByteCount))
-      queue.counters.bytesRead.add(UInt64(unsafe slot.pointee.writeByteCount))
-      answer(index, .ok, written: readByteCount + 1, &queue)
-    case .failed(let error): fail(index, error, &queue)
-    }
-  }
-
-  private mutating func fail(_ index: Int, _ error: Errno, _ queue: inout DeviceQueue) {
-    desk.complain(error, about: space.image.name)
-    refuse(index, error == .notSupported ? .unsupported : .ioError, &queue)
-  }
-
-  /// The request failed. Of a read's data nothing is promised, so nothing before the status byte counts as written.
-  private mutating func refuse(_ index: Int, _ status: BlockStatus, _ queue: inout DeviceQueue) {
-    queue.counters.errors.add(1)
-    let hasRoomBefore = unsafe slots[index].readByteCount > 0 || chain.token == slots[index].token && chain.writableByteCount > 0
-    answer(index, status, written: hasRoomBefore ? 0 : 1, &queue)
-  }
-
-  /// Writes the status byte and gives the chain back; published with the batch.
-  @inline(__always)
-  private mutating func answer(_ index: Int, _ status: BlockStatus, written: UInt32, _ queue: inout DeviceQueue) {
-    let slot = unsafe slots + index
-    guard let token = unsafe slot.pointee.token, let place = unsafe slot.pointee.status else {
-      preconditionFailure("A slot is answered once.")
-    }
-    let block = unsafe slot.pointee.block
-    if block >= 0 { pool.giveBack(block) }
-    // SAFETY: the byte is guest memory that the queue keeps mapped. `publish` orders it before the used index.
-    unsafe place.pointee = status.rawValue
-    unsafe slot.pointee.token = nil
-    unsafe slot.pointee.status = nil
-    unsafe slot.pointee.rangeCount = 0
-    inFlight -= 1
-    queue.counters.requests.add(1)
-    queue.ring.complete(token, written: written)
+    copiedCount = 0
   }
 }

@@ -24,10 +24,10 @@ final class SignalPort: Sendable {
 
 /// The body of a worker's thread: the ring is made here, because only the thread that makes it may use it.
 func runBlockWorker(
-  _ desk: WorkerDesk, _ space: BlockConfigurationSpace, _ access: BlockBackend.Access?, report: (WorkerStart) -> Void
+  _ desk: WorkerDesk, _ space: BlockConfigurationSpace, _ access: BlockOptions.Access?, queue: Int, report: (WorkerStart) -> Void
 ) {
   do {
-    if access != .blocking {
+    if access != .threads {
       do {
         let engine = try RingEngine(space.image, depth: Int(space.greatestQueueSize))
         let traits = engine.traits
@@ -38,11 +38,14 @@ func runBlockWorker(
       } catch {
         // Asked for by name, it must be had; else ordinary calls do as well, and it is said.
         if access == .ring { throw error }
-        Log.warning("io_uring cannot be used (\(error.errno.explanation)): storage is reached by ordinary calls, one at a time")
+        if queue == 0 {
+          Log.warning("io_uring cannot be used (\(error.errno.explanation)): storage is reached by ordinary calls in threads")
+        }
       }
     }
-    var worker = try BlockQueueWorker(desk, space, BlockingEngine(space.image))
-    report(.ready("ordinary calls", ring: false))
+    let engine = try ThreadEngine(space.image, depth: Int(space.greatestQueueSize))
+    var worker = try BlockQueueWorker(desk, space, engine)
+    report(.ready("ordinary calls in \(ThreadEngine.threadCount) threads a queue", ring: false))
     worker.run()
   } catch {
     report(.failed(error as? SystemError ?? SystemError("start a queue's thread", .invalid)))

@@ -21,6 +21,11 @@ struct RequestSlot {
   var nextRange: UInt16 = 0
   var rangeCount: UInt16 = 0
   var isZeroing = false
+  var kind = QueueStatistics.Histogram.others
+  /// When it was taken, in nanoseconds.
+  var begun: UInt64 = 0
+  /// Of a copied read: where its data ends in the image.
+  var dataEnd: UInt64 = 0
 
   init() { unsafe status = nil }
 }

@@ -56,10 +56,21 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 75, reason: "fdatasync"),
         SystemCallRule(
           number: 285, conditions: [.init(argument: 1, test: .anyOf([1, 3, 17]))], reason: "fallocate"),
+        SystemCallRule(number: 15, reason: "rt_sigreturn"),
+        SystemCallRule(
+          number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
+        SystemCallRule(
+          number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
       ]
     case .block:
       [
-        SystemCallRule(number: 426, reason: "io_uring_enter")
+        SystemCallRule(number: 426, reason: "io_uring_enter"),
+        SystemCallRule(number: 15, reason: "rt_sigreturn"),
+        SystemCallRule(
+          number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
+        SystemCallRule(number: 24, reason: "sched_yield"),
+        SystemCallRule(
+          number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
       ]
     case .console:
       [

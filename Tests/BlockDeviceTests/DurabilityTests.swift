@@ -21,7 +21,7 @@ import VirtioSpec
 
   private func traced(_ arguments: [String] = [], wanting wanted: @escaping (FeatureSet) -> FeatureSet) throws -> BlockRig {
     try BlockRig(
-      arguments: ["--aio=blocking"] + arguments,
+      arguments: ["--aio=threads"] + arguments,
       wrapper: ["/usr/bin/strace", "-f", "-qq", "-e", "trace=fdatasync,pwritev2,preadv", "-o", "/dev/stderr"], wanting: wanted)
   }
 
@@ -150,7 +150,7 @@ import VirtioSpec
     let image = place + "/disk"
     _ = FileManager.default.createFile(atPath: image, contents: nil)
     truncate(image, 16 << 20)
-    for access in ["io_uring", "blocking"] {
+    for access in ["io_uring", "threads"] {
       truncate(image, 0)
       truncate(image, 16 << 20)
       let rig = try BlockRig(image: image, arguments: ["--aio=" + access])

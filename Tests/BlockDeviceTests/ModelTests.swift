@@ -24,7 +24,7 @@ struct ModelCase: CustomTestStringConvertible, Sendable {
     ModelCase(name: "two queues of 256", queues: 2, queueSize: 256, usesIndirect: true, seed: 4),
     ModelCase(name: "packed ring", queues: 2, without: [], usesIndirect: true, seed: 5),
     ModelCase(name: "packed ring without event index", without: [.eventIndex], seed: 6),
-    ModelCase(name: "ordinary calls", arguments: ["--aio=blocking"], seed: 7),
+    ModelCase(name: "ordinary calls", arguments: ["--aio=threads"], seed: 7),
     ModelCase(name: "write-through, no flush", without: [.packedRing, .blockFlush], usesIndirect: true, seed: 8),
     ModelCase(name: "direct access", arguments: ["--direct"], usesIndirect: true, seed: 9),
     ModelCase(name: "smallest ring", queueSize: 8, seed: 10),

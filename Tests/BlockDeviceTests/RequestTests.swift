@@ -12,7 +12,7 @@ private let ioError: UInt8 = 1
 private let unsupported: UInt8 = 2
 
 @Suite struct RequestTests {
-  @Test(arguments: ["io_uring", "blocking"])
+  @Test(arguments: ["io_uring", "threads"])
   func writtenSectorsAreReadBackAndLieInTheImage(access: String) throws {
     let rig = try BlockRig(arguments: ["--aio=" + access])
     let data = pattern(8 * 512, 1)
