@@ -3,6 +3,8 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case info, devices, pause, resume
   case powerButton = "power-button"
   case reboot, shutdown
+  case stats
+  case resizeDisk = "resize-disk"
 
   package var summary: String {
     switch self {
@@ -13,6 +15,24 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .powerButton: "press the power button; the guest decides what follows"
     case .reboot: "reset the VM at once, as the reset button would"
     case .shutdown: "end the VM at once"
+    case .stats: "requests, bytes, errors, kicks, calls and latencies of each queue"
+    case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
     }
+  }
+
+  /// What may follow the word, in order; the first `neededArguments` have to.
+  package var arguments: [String] {
+    switch self {
+    case .stats: ["DEVICE"]
+    case .resizeDisk: ["DEVICE", "SIZE"]
+    default: []
+    }
+  }
+
+  package var neededArguments: Int { self == .resizeDisk ? 1 : 0 }
+
+  /// The verb with its arguments, for help texts.
+  package var usage: String {
+    rawValue + arguments.enumerated().map { $0.offset < neededArguments ? " \($0.element)" : " [\($0.element)]" }.joined()
   }
 }

@@ -35,6 +35,7 @@ extension VMConfiguration {
         switch entry.device {
         case .disk(var disk):
           disk.id = entry.id ?? Self.freeID("blk", &places)
+          if disk.queueCount == 0 { disk.queueCount = UInt16(min(result.cpuCount, Limits.defaultDiskQueues)) }
           result.disks.append(disk)
         case .net(var net):
           net.id = entry.id ?? Self.freeID("net", &places)

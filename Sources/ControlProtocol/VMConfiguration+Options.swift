@@ -66,6 +66,45 @@ extension VMConfiguration {
     KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
   ]
 
+  /// Zero: as many as there are processors, which are not known yet. A back end of others may have only one.
+  private static func defaultQueueCount(_ source: Disk.Source) -> UInt64 { if case .image = source { 0 } else { 1 } }
+
+  private static func diskArguments(_ values: OptionValues) throws(ConfigurationError) -> [String] {
+    var arguments: [String] = []
+    func choice(_ key: String, _ words: [String]) throws(ConfigurationError) -> String? {
+      guard let text = values[key] else { return nil }
+      guard words.contains(text) else { throw values.bad(key, words.joined(separator: " or ")) }
+      return text
+    }
+    if try values.onOff("direct", default: false) { arguments.append("--direct") }
+    if try values.onOff("force_share", default: false) { arguments.append("--force-share") }
+    if !(try values.onOff("cache_map", default: true)) { arguments.append("--cache-map=off") }
+    if let how = try choice("aio", ["io_uring", "threads"]) { arguments.append("--aio=\(how)") }
+    if let size = try choice("block_size", ["512", "4096"]) { arguments.append("--block-size=\(size)") }
+    if let text = values["poll"] {
+      guard text == "auto" || text == "off" || Quantity.unsigned(text).map({ (1...1_000_000).contains($0) }) == true else {
+        throw values.bad("poll", "auto, off, or microseconds from 1 to 1000000")
+      }
+      arguments.append("--poll=\(text)")
+    }
+    for name in ["bw", "ops"] {
+      let time = try values.number(name + "_refill_time", in: 1...86_400_000)
+      let hasSize = values.has(key: name + "_size")
+      guard hasSize == (time != nil), hasSize || !values.has(key: name + "_one_time_burst") else {
+        throw .missingKey(option: values.option, key: hasSize ? name + "_refill_time" : name + "_size", example: values.example)
+      }
+      for (key, least) in [(name + "_size", 1), (name + "_one_time_burst", 0)] as [(String, UInt64)] {
+        guard let text = values[key] else { continue }
+        guard let number = Quantity.byteCount(text), (least...(1 << 50)).contains(number) else {
+          throw values.bad(key, "a number from \(least) to 1024T")
+        }
+        arguments.append("--\(key.replacing("_", with: "-"))=\(number)")
+      }
+      if let time { arguments.append("--\(name)-refill-time=\(time)") }
+    }
+    return arguments
+  }
+
   private static let deviceOptions: [Option] = [
     Option(
       "disk",
@@ -75,8 +114,20 @@ extension VMConfiguration {
           KeyDescription("readonly", "on|off", "the guest cannot write"),
           KeyDescription("id", "NAME", "name of the device; blk0, blk1, ... when left out"),
           KeyDescription("serial", "TEXT", "serial number the guest reads, at most 20 bytes"),
-          KeyDescription("num_queues", "N", "queues; one when left out"),
-          KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
+          KeyDescription("num_queues", "N", "queues; one for each processor, at most 16, when left out"),
+          KeyDescription("queue_size", "N", "descriptors of a queue, to 1024; 256 when left out"),
+          KeyDescription("direct", "on|off", "bypass the host's page cache"),
+          KeyDescription("aio", "io_uring|threads", "how the storage is reached; io_uring where the host has it"),
+          KeyDescription("block_size", "512|4096", "logical block; the storage's own when left out"),
+          KeyDescription("poll", "auto|off|US", "look for work before sleeping; auto when left out"),
+          KeyDescription("cache_map", "on|off", "copy cached data from a mapping of the image; on when left out"),
+          KeyDescription("force_share", "on|off", "with readonly=on: no lock, though others may write the image"),
+          KeyDescription("bw_size", "BYTES", "rate limit: bytes that refill within bw_refill_time"),
+          KeyDescription("bw_one_time_burst", "BYTES", "bytes more, once"),
+          KeyDescription("bw_refill_time", "MS", "milliseconds"),
+          KeyDescription("ops_size", "COUNT", "rate limit: requests that refill within ops_refill_time"),
+          KeyDescription("ops_one_time_burst", "COUNT", "requests more, once"),
+          KeyDescription("ops_refill_time", "MS", "milliseconds"),
         ] + deathKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
       example: "--disk path=root.img"
     ) { (draft, values) throws(ConfigurationError) in
@@ -93,10 +144,20 @@ extension VMConfiguration {
         }
         source = .image(path: path, readOnly: try values.onOff("readonly", default: false))
       }
-      let disk = Disk(
+      let arguments = try diskArguments(values)
+      if case .image = source {
+      } else if let argument = arguments.first {
+        throw .conflict("--disk socket", argument, remedy: "that is for our own back end; leave it out")
+      }
+      let isShared = try values.onOff("force_share", default: false)
+      if isShared, !(try values.onOff("readonly", default: false)) { throw values.bad("force_share", "readonly=on beside it") }
+      var disk = Disk(
         id: "", source: source, serial: serial,
-        queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues)) ?? 1),
+        queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues)) ?? defaultQueueCount(source)),
         queueSize: try values.queueSize("queue_size") ?? 256, death: try values.deathPolicy())
+      if case .image = source, disk.queueSize > 1024 { throw values.bad("queue_size", "a power of two from 2 to 1024") }
+      disk.backEndArguments = arguments
+      disk.isShared = isShared
       draft.add(.disk(disk), id: try values.id(), option: values.option)
     },
     Option(

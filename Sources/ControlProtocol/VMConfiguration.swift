@@ -26,6 +26,8 @@ package struct VMConfiguration: Equatable, Sendable {
     /// IFNAMSIZ without the NUL.
     package static let interfaceName = 15
     package static let milliseconds: UInt64 = 600_000
+    /// Queues of a disk that does not say: one for each processor, up to so many. Each has a thread and a ring.
+    package static let defaultDiskQueues = 16
   }
 
   /// What follows when a device's back end dies under a running guest.
@@ -98,6 +100,10 @@ package struct VMConfiguration: Equatable, Sendable {
     package var source: Source
     /// What GET_ID answers, at most 20 bytes; nil for the default (the id).
     package var serial: String?
+    /// What the keys of the option mean to the block program, as its arguments.
+    package var backEndArguments: [String] = []
+    /// Others may write the image while the guest reads it.
+    package var isShared = false
     package var queueCount: UInt16
     package var queueSize: UInt16
     package var death = DeathPolicy()

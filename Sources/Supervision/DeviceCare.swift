@@ -26,11 +26,18 @@ final class DeviceCare {
     case held, givenUp
   }
 
+  /// The image of a disk, and what it was.
+  struct Image {
+    let path: String
+    let readOnly: Bool
+    let isShared: Bool
+    let status: FileStatus
+  }
+
   let id: String
   let kind: Kind
   let policy: VMConfiguration.DeathPolicy
-  /// The image of a disk, and what it was.
-  let image: (path: String, readOnly: Bool, status: FileStatus)?
+  let image: Image?
   private(set) var resources: [FDBox] = []
   /// The core's end of the connection to a process that has not said READY.
   var socket: FDBox?
@@ -50,7 +57,7 @@ final class DeviceCare {
   static let fenceInterval = Duration.milliseconds(2)
 
   init(
-    _ id: String, _ kind: Kind, _ policy: VMConfiguration.DeathPolicy, image: (path: String, readOnly: Bool, status: FileStatus)?
+    _ id: String, _ kind: Kind, _ policy: VMConfiguration.DeathPolicy, image: Image?
   ) {
     self.id = id
     self.kind = kind

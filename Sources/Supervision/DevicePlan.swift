@@ -96,9 +96,10 @@ struct DevicePlanner {
     switch disk.source {
     case .external(let source): return DevicePlan(assignment, try external(source, disk.id))
     case .image(let path, let readOnly):
-      let image = FDBox(try HostFiles.image(path, readOnly: readOnly, disk: disk.id))
-      var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)"]
+      let image = FDBox(try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id))
+      var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)", "--queue-size=\(disk.queueSize)"]
       if readOnly { arguments.append("--read-only") }
+      arguments += disk.backEndArguments
       arguments.append("--serial=\(disk.serial ?? String(disk.id.prefix(VMConfiguration.Limits.serial)))")
       return DevicePlan(
         assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))

@@ -27,7 +27,8 @@ enum HostFiles {
 
   /// A disk image or block device, locked against other users: a write lock for writers, a read lock for readers. The
   /// lock belongs to the open file description and so goes with the descriptor to the block process.
-  static func image(_ path: String, readOnly: Bool, disk: String) throws(SupervisionError) -> OwnedFD {
+  /// - Parameter isShared: no lock; others may write.
+  static func image(_ path: String, readOnly: Bool, isShared: Bool = false, disk: String) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     // O_EXCL without O_CREAT claims a block device that is not mounted, and means nothing for a regular file.
     let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR | O_EXCL) | O_NONBLOCK, what: what)
@@ -36,14 +37,14 @@ enum HostFiles {
       throw .wrongKind(what: what, path: path, wants: "a regular file or block device")
     }
     try clearNonBlocking(fd)
-    try lock(fd, path, readOnly: readOnly, disk: disk)
+    if !isShared { try lock(fd, path, readOnly: readOnly, disk: disk) }
     return fd
   }
 
   /// The image of a disk whose process has died, opened anew, once nothing of that process is under way any more: the dead
   /// ring's requests hold its open file, and with it the lock, until the last one has ended. Nil: not yet.
   static func imageAfterDeath(
-    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus
+    _ path: String, readOnly: Bool, isShared: Bool = false, disk: String, sameAs known: FileStatus
   ) throws(SupervisionError) -> OwnedFD? {
     let what = "image of disk \(disk)"
     let fd: OwnedFD
@@ -55,6 +56,7 @@ enum HostFiles {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     try clearNonBlocking(fd)
+    if isShared { return fd }
     let result = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
     switch -result {
     case 0: return fd
@@ -107,6 +109,22 @@ enum HostFiles {
     }
     try clearNonBlocking(fd)
     return fd
+  }
+
+  /// Gives a disk's image a new length, if it is still the file that the VM has and is a regular one.
+  static func resize(_ path: String, to byteCount: UInt64, disk: String, sameAs known: FileStatus) throws(SupervisionError) {
+    let what = "image of disk \(disk)"
+    let fd = try open(path, O_RDWR | O_NONBLOCK, what: what)
+    let status = try examine(fd)
+    guard status.device == known.device, status.inode == known.inode else {
+      throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
+    }
+    guard status.kind == .regular else {
+      throw .wrongKind(what: what, path: path, wants: "a regular file to give it a size; without a size a disk is looked at again")
+    }
+    guard let length = Int(exactly: byteCount), ftruncate(fd.rawValue, length) == 0 else {
+      throw .file(what: what, path: path, Errno.current)
+    }
   }
 
   /// The output of a console: appended to, made if missing.

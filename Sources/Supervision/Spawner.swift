@@ -4,14 +4,14 @@ import HostSystem
 
 /// A fork of the supervisor from the moment before its walls go up. It does what the supervisor may not any more, and only
 /// what was known at that moment: it starts a process of this VM again as it was started first, opens the image that such a
-/// process had, connects again to a back end's socket. It is asked by the device's id; programs, arguments, paths and ids are
+/// process had, connects again to a back end's socket, gives an image a new length. It is asked by the device's id; programs, arguments, paths and ids are
 /// those it remembers.
 ///
 /// What it starts is the supervisor's child (CLONE_PARENT), so that the supervisor hears of ends, and takes all down with it.
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy, startJailed
+    case image, connect, tidy, startJailed, resize
   }
 
   private enum Outcome: UInt8 {
@@ -85,6 +85,9 @@ final class Spawner {
     return image
   }
 
+  /// Gives the image of `id` a new length.
+  func resize(_ id: String, to byteCount: UInt64) throws(SupervisionError) { _ = try ask(.resize, "\(id) \(byteCount)") }
+
   /// A connection to the external back end of `id`; nil while there is none to be had.
   func connect(_ id: String) -> FDBox? {
     let answer: (Outcome, Int32, [FDBox])? = try? ask(.connect, id)
@@ -152,7 +155,9 @@ final class Spawner {
           supervisor.jailedNumbers[id] = number
         case .image:
           guard let image = supervisor.cares[id]?.image else { throw unknown(id) }
-          if let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status) {
+          if let fd = try HostFiles.imageAfterDeath(
+            image.path, readOnly: image.readOnly, isShared: image.isShared, disk: id, sameAs: image.status)
+          {
             descriptors = [FDBox(fd)]
           } else {
             outcome = .notYet
@@ -164,6 +169,10 @@ final class Spawner {
           }
           guard case .external(let path)? = supervisor.cares[id]?.kind else { throw unknown(id) }
           if let fd = try? UnixSocket.connect(to: path, timeout: .milliseconds(1)) { descriptors = [FDBox(fd)] } else { outcome = .notYet }
+        case .resize:
+          let words = id.split(separator: " ").map(String.init)
+          guard words.count == 2, let image = supervisor.cares[words[0]]?.image, let size = UInt64(words[1]) else { throw unknown(id) }
+          try HostFiles.resize(image.path, to: size, disk: words[0], sameAs: image.status)
         case .tidy: supervisor.guardian.tidy()
         case nil: throw unknown("")
         }
@@ -193,9 +202,12 @@ final class Spawner {
 
 extension Supervisor {
   /// The image of a device whose process has died, opened anew; nil: not yet.
-  func openAgain(_ id: String, _ image: (path: String, readOnly: Bool, status: FileStatus)) throws(SupervisionError) -> FDBox? {
+  func openAgain(_ id: String, _ image: DeviceCare.Image) throws(SupervisionError) -> FDBox? {
     if let spawner { return try spawner.image(id) }
-    guard let fd = try HostFiles.imageAfterDeath(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status) else { return nil }
+    guard
+      let fd = try HostFiles.imageAfterDeath(
+        image.path, readOnly: image.readOnly, isShared: image.isShared, disk: id, sameAs: image.status)
+    else { return nil }
     return FDBox(fd)
   }
 

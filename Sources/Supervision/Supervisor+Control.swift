@@ -21,12 +21,18 @@ extension Supervisor {
 
   private func handleRequest(_ line: String, from client: Int) {
     let words = line.split(separator: " ").map(String.init)
-    guard words.count == 1, let verb = ControlVerb(rawValue: words[0]) else {
+    guard let verb = ControlVerb(rawValue: words.first ?? "") else {
       let near = EditDistance.nearest(to: words.first ?? "", in: ControlVerb.allCases.map(\.rawValue))
       return refuse(client, "Unknown request '\(line)'\(near.map { "; did you mean '\($0)'?" } ?? "")")
     }
+    let arguments = Array(words.dropFirst())
+    guard (verb.neededArguments...verb.arguments.count).contains(arguments.count) else {
+      return refuse(client, "The request is '\(verb.usage)'")
+    }
     let message: SupervisorMessage
     switch verb {
+    case .stats: return tellStatistics(arguments.first, to: client)
+    case .resizeDisk: return resizeDisk(arguments, for: client)
     case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
     case .info: message = .information
     case .pause: message = .pause
@@ -62,11 +68,11 @@ extension Supervisor {
     }
   }
 
-  private func refuse(_ client: Int, _ sentence: String) {
+  func refuse(_ client: Int, _ sentence: String) {
     reply(client, .record(["ok": .bool(false), "error": .string(sentence)]))
   }
 
-  private func reply(_ client: Int, _ value: JSONValue) {
+  func reply(_ client: Int, _ value: JSONValue) {
     var line: [UInt8] = []
     value.write(to: &line)
     line.append(10)

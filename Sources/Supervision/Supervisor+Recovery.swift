@@ -12,10 +12,11 @@ extension Supervisor {
     case .external: return DeviceCare(id, .external(path: configuration.externalSocket(of: id) ?? ""), policy, image: nil)
     case .jailed(let jailed): return DeviceCare(id, .jailed(jailed), policy, image: nil)
     case .program(let program, let arguments, let resources, let isOnTerminal):
-      var image: (path: String, readOnly: Bool, status: FileStatus)?
+      var image: DeviceCare.Image?
       for disk in configuration.disks where disk.id == id {
         if case .image(let path, let readOnly) = disk.source, let resource = resources.first {
-          image = (path, readOnly, try HostFiles.status(resource.number))
+          image = DeviceCare.Image(
+            path: path, readOnly: readOnly, isShared: disk.isShared, status: try HostFiles.status(resource.number))
         }
       }
       return DeviceCare(id, .program(program, arguments: arguments, isOnTerminal: isOnTerminal), policy, image: image)

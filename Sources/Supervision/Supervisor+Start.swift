@@ -152,6 +152,10 @@ extension Supervisor {
     var arguments = arguments
     var resources = resources
     var escapeLine: FDBox?
+    if cares[id] != nil, let memory = try statisticsMemory(of: id, queueCount: queueCount) {
+      arguments.append("--stats-fd=\(firstResource + resources.count)")
+      resources.append(memory.file)
+    }
     if isOnTerminal {
       let pair = try Self.pair(.stream)
       arguments.append("--control-fd=\(firstResource + resources.count)")

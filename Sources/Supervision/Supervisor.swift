@@ -74,6 +74,8 @@ package final class Supervisor {
   var knownLaunches: [String: (program: String, launch: ChildLaunch)] = [:]
   /// Once our own walls stand.
   var spawner: Spawner?
+  /// Where the processes of our own count, by device.
+  var statistics: [String: StatisticsMemory] = [:]
   var channel: CoreChannel?
   var coreIndex = 0
   var coreIsReady = false

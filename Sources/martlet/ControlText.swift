@@ -11,7 +11,33 @@ enum ControlText {
     case .powerButton: "power button pressed\n"
     case .reboot: "reset\n"
     case .shutdown: "shut down\n"
+    case .stats: statistics(answer)
+    case .resizeDisk: "the guest is told\n"
     }
+  }
+
+  private static func statistics(_ answer: JSONValue) -> String {
+    var rows = [
+      [
+        "DEVICE", "QUEUE", "REQUESTS", "READ", "WRITTEN", "ERRORS", "KICKS", "MERGED", "CALLS", "P50 READ", "P99 READ", "P50 WRITE",
+        "P99 WRITE",
+      ]
+    ]
+    for device in answer["devices"]?.array ?? [] {
+      // Read and written as the guest sees it: what the device writes into memory was read from the disk.
+      for queue in device["queues"]?.array ?? [] {
+        func latency(_ kind: String, _ value: String) -> String {
+          queue[kind]?[value]?.unsigned.map { "\($0 / 1000).\($0 % 1000 / 100) us" } ?? "-"
+        }
+        rows.append([
+          device["id"]?.string ?? "", number(queue["queue"]), number(queue["requests"]), number(queue["bytes_written"]),
+          number(queue["bytes_read"]), number(queue["errors"]), number(queue["kicks"]), number(queue["merged_kicks"]),
+          number(queue["calls"]), latency("latency_reads", "p50_ns"), latency("latency_reads", "p99_ns"),
+          latency("latency_writes", "p50_ns"), latency("latency_writes", "p99_ns"),
+        ])
+      }
+    }
+    return Output.table(rows)
   }
 
   private static func info(_ answer: JSONValue) -> String {

@@ -5,7 +5,7 @@ let controlVerb = Verb(
   name: "ctl", usage: "martlet ctl --control PATH REQUEST [--json]", summary: "ask or order a running virtual machine",
   help: {
     var text = "usage: martlet ctl --control PATH REQUEST [--json]\n\nPATH is that of martlet run --control.\n\nRequests:\n"
-    for verb in ControlVerb.allCases { text += HelpText.line("  \(verb.rawValue)", verb.summary) }
+    for verb in ControlVerb.allCases { text += HelpText.line("  \(verb.usage)", verb.summary) }
     text += "\nOptions:\n" + HelpText.line("  --json", "print the answer as one JSON object")
     return text + "\nExit codes: 0 done, 1 refused, 2 wrong command line, 3 no answer on the socket.\n"
   },
@@ -23,11 +23,13 @@ let controlVerb = Verb(
 struct ControlRequest {
   private let path: String
   private let verb: ControlVerb
+  private let words: [String]
   private let isJSON: Bool
 
   init(_ arguments: [String]) throws(ConfigurationError) {
     var path: String?
     var verb: ControlVerb?
+    var words: [String] = []
     var isJSON = false
     var rest = arguments[...]
     let example = "--control web1.ctl"
@@ -49,6 +51,8 @@ struct ControlRequest {
         verb = known
       } else if verb == nil {
         throw .unknownRequest(word, nearest: EditDistance.nearest(to: word, in: names), known: names)
+      } else if let verb, words.count < verb.arguments.count, !word.isEmpty, !word.contains(" "), !word.contains("\n") {
+        words.append(word)
       } else {
         throw .unexpectedArgument(word)
       }
@@ -58,8 +62,12 @@ struct ControlRequest {
       throw .badValue(place: "--control", value: path, expected: "a socket path of 1 to 107 bytes")
     }
     guard let verb else { throw .missingRequest(known: names) }
+    guard words.count >= verb.neededArguments else {
+      throw .missingOption(verb.arguments[words.count], example: "martlet ctl --control \(path) \(verb.usage)")
+    }
     self.path = path
     self.verb = verb
+    self.words = words
     self.isJSON = isJSON
   }
 
@@ -86,7 +94,7 @@ struct ControlRequest {
 
   private func ask() throws(SystemError) -> JSONValue {
     let socket = try UnixSocket.connect(to: path, timeout: .seconds(5))
-    try socket.writeAll(Array((verb.rawValue + "\n").utf8))
+    try socket.writeAll(Array((([verb.rawValue] + words).joined(separator: " ") + "\n").utf8))
     var line: [UInt8] = []
     var buffer = [UInt8](repeating: 0, count: 65536)
     let end = MonotonicTime.now.advanced(by: .seconds(10))

@@ -167,11 +167,35 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(complaint("--zzzzzzzz") == "Unknown option --zzzzzzzz; martlet run --help lists the options")
   }
 
-  @Test func unknownKeyNamesTheNearestAndTheOthers() {
+  @Test func aDiskSaysHowItsBackEndIsToServe() throws {
+    let vm = try VMConfiguration(arguments: [
+      "--kernel", "k", "--cpus", "boot=3", "--disk",
+      "path=a,direct=on,aio=threads,block_size=4096,poll=20,cache_map=off,bw_size=1M,bw_refill_time=100,ops_size=500,ops_one_time_burst=9,ops_refill_time=1000",
+      "--disk", "path=b,readonly=on,force_share=on,num_queues=1,queue_size=1024",
+    ])
     #expect(
-      complaint("--disk", "path=a,read_only=on")
-        == "Unknown key 'read_only' in --disk; did you mean 'readonly'? It knows path, readonly, id, serial, "
-        + "num_queues, queue_size, on-death, restart-limit, vhost_user, socket, program, jail")
+      vm.disks[0].backEndArguments == [
+        "--direct", "--cache-map=off", "--aio=threads", "--block-size=4096", "--poll=20", "--bw-size=1048576", "--bw-refill-time=100",
+        "--ops-size=500", "--ops-one-time-burst=9", "--ops-refill-time=1000",
+      ])
+    #expect(vm.disks[0].queueCount == 3 && vm.disks[1].queueCount == 1 && vm.disks[1].queueSize == 1024)
+    #expect(vm.disks[1].isShared && vm.disks[1].backEndArguments == ["--force-share"])
+  }
+
+  @Test(arguments: [
+    ("path=a,aio=uring", "aio"), ("path=a,block_size=1024", "block_size"), ("path=a,poll=0", "poll"),
+    ("path=a,bw_size=1", "bw_refill_time"),
+    ("path=a,ops_refill_time=5", "ops_size"), ("path=a,force_share=on", "readonly=on"), ("path=a,queue_size=2048", "1024"),
+    ("vhost_user=on,socket=s,direct=on", "our own back end"),
+  ])
+  func whatADiskCannotBeIsSaid(_ disk: String, _ part: String) {
+    #expect((complaint("--disk", disk) ?? "accepted").contains(part))
+  }
+
+  @Test func unknownKeyNamesTheNearestAndTheOthers() {
+    let known = "It knows path, readonly, id, serial, num_queues, queue_size, direct, aio, "
+    let sentence = complaint("--disk", "path=a,read_only=on") ?? ""
+    #expect(sentence.hasPrefix("Unknown key 'read_only' in --disk; did you mean 'readonly'? " + known))
     #expect(complaint("--cpus", "bot=1") == "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot")
     #expect(complaint("--net", "zzzzzz=1")?.hasPrefix("Unknown key 'zzzzzz' in --net; it knows tap, mac") == true)
   }

@@ -31,8 +31,11 @@ final class WholeVM {
   }
 
   func ctl(_ verb: String) throws -> ProgramResult {
-    try RunningProgram(BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "--json", verb], directory: directory)
-      .wait()
+    try RunningProgram(
+      BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "--json"] + verb.split(separator: " ").map(String.init),
+      directory: directory
+    )
+    .wait()
   }
 
   func shell(_ script: String) throws {

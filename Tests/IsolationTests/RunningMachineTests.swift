@@ -23,7 +23,7 @@ import Testing
   static func command(_ directory: String, _ commandLine: String) -> [String] {
     [
       "run", "--name", "walls", "--kernel", directory + "/micro/micro.elf", "--cmdline", commandLine, "--cpus", "boot=2",
-      "--memory", "size=64M", "--disk", "path=disk.img", "--console", "null", "--serial", "file=log", "--control", "ctl",
+      "--memory", "size=64M", "--disk", "path=disk.img,num_queues=1", "--console", "null", "--serial", "file=log", "--control", "ctl",
     ]
   }
 
@@ -99,18 +99,18 @@ import Testing
       files: [
         "null": 2, "pipe": 1, "socket": 2, "disk.img": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 6, "[io_uring]": 1,
         "memfd:inflight (deleted)": 1,
-      ], maps: ["anon_inode:[io_uring]", "memfd:inflight (deleted)"]),
+      ], maps: ["anon_inode:[io_uring]", "memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
     "net0": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
       files: [
         "null": 2, "pipe": 1, "socket": 1, "tun": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 7, "memfd:inflight (deleted)": 1,
-      ], maps: ["memfd:inflight (deleted)"]),
+      ], maps: ["memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
     "con0": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
       files: [
         "null": 2, "pipe": 1, "socket": 2, "[signalfd]": 1, "[eventpoll]": 1, "[timerfd]": 1, "[eventfd]": 7,
         "memfd:inflight (deleted)": 1,
-      ], maps: ["memfd:inflight (deleted)"]),
+      ], maps: ["memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
     "serial": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 49],
       files: ["null": 2, "pipe": 1, "socket": 1, "log": 1, "[signalfd]": 1, "[eventpoll]": 1, "[timerfd]": 1]),
@@ -118,7 +118,7 @@ import Testing
     "supervisor": Declared(
       capabilities: "0000000000000020", shared: ["user", "pid"],
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 256, "processes": 0],
-      files: [:]),
+      files: [:], maps: ["memfd:statistics (deleted)"]),
     // Unlinks files of the host (CAP_DAC_OVERRIDE, CAP_FOWNER).
     "guardian": Declared(
       capabilities: "000000000000000a", shared: ["user", "pid", "mnt", "net", "ipc", "uts", "cgroup"], hasOwnRoot: false,
@@ -213,13 +213,14 @@ import Testing
     #expect(pidfds == Self.declared.count, "all but itself, and the spawner: \(supervisor)")
     #expect(
       supervisor.filter { !$0.key.contains("pidfd") }
-        == ["null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1], "\(supervisor)")
+        == ["null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1, "memfd:statistics (deleted)": 3],
+      "\(supervisor)")
 
     // The spawner: walls would be its children's. It has what a launch needs, and its order line.
     let spawner = try #require(processes["spawner"])
     #expect(status("/proc/\(spawner)/status")["NoNewPrivs"] == "1")
     #expect(files(spawner) == ["null": 1, "pipe": 1, "socket": 1, "release": 1], "\(files(spawner))")
-    checkMaps("spawner", spawner, [])
+    checkMaps("spawner", spawner, ["memfd:statistics (deleted)"])
     var facts = stat()
     #expect(stat("/proc/\(spawner)/environ", &facts) == 0 && facts.st_uid == 0)
   }

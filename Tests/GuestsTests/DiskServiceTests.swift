@@ -1,0 +1,72 @@
+// Statistics and size of a disk, asked of a running VM.
+
+import Foundation
+import TestSupport
+import Testing
+
+@Suite("Disks of a running VM", .serialized, .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs."))
+struct DiskServiceTests {
+  private func queues(_ home: WholeVM, _ request: String) throws -> [[String: Any]] {
+    let answer = try JSONSerialization.jsonObject(with: Data(try home.ctl(request).output.utf8)) as? [String: Any]
+    let devices = answer?["devices"] as? [[String: Any]] ?? []
+    return devices.flatMap { $0["queues"] as? [[String: Any]] ?? [] }
+  }
+
+  private func sum(_ queues: [[String: Any]], _ name: String) -> Int { queues.reduce(0) { $0 + ($1[name] as? Int ?? 0) } }
+
+  @Test("What a guest has done is counted, and goes on after the process was killed")
+  func statistics() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=read depth=8 n=5000 span=2 end=hang", "--disk", "path=disk.img,num_queues=2", "--control", "ctl",
+      "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    var found: [[String: Any]] = []
+    for _ in 0..<1000 {
+      found = try queues(home, "stats blk0")
+      if sum(found, "requests") >= 5000 { break }
+      usleep(10_000)
+    }
+    #expect(found.count == 2)
+    #expect(sum(found, "requests") >= 5000, "\(found)")
+    #expect(sum(found, "bytes_written") >= 5000 * 4096)
+    #expect(sum(found, "errors") == 3, "the guest asks for what is beyond the end, for what is absurd, and for what nobody knows")
+    #expect(sum(found, "batches") > 0 && sum(found, "kicks") > 0)
+    let latency = found[0]["latency_reads"] as? [String: Any]
+    #expect((latency?["count"] as? Int ?? 0) >= 5000)
+    #expect((latency?["p50_ns"] as? Int ?? 0) > 0)
+    let before = sum(found, "requests")
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    for _ in 0..<500 where !vm.errorText.contains("served again") { usleep(5000) }
+    #expect(try sum(queues(home, "stats"), "requests") >= before)
+    #expect(try home.ctl("stats nothing").code == 1)
+    vm.signal(SIGTERM)
+    _ = vm.wait()
+    home.expectNothingLeft()
+  }
+
+  @Test("A disk is made longer and shorter; what is no size or no disk is refused")
+  func resize() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=boot end=hang", "--disk", "path=disk.img", "--control", "ctl", "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    func size() throws -> Int { try FileManager.default.attributesOfItem(atPath: home.directory + "/disk.img")[.size] as? Int ?? -1 }
+    #expect(try home.ctl("resize-disk blk0 8M").code == 0)
+    #expect(try size() == 8 << 20)
+    #expect(try home.ctl("resize-disk blk0 1M").code == 0)
+    #expect(try size() == 1 << 20)
+    #expect(try home.ctl("resize-disk blk0").code == 0)
+    for wrong in ["resize-disk blk0 1000", "resize-disk blk0 0", "resize-disk blk9 1M", "resize-disk con0"] {
+      #expect(try home.ctl(wrong).code == 1, "\(wrong)")
+    }
+    #expect(try home.ctl("resize-disk").code == 2)
+    #expect(try size() == 1 << 20)
+    #expect(vm.isRunning)
+    vm.signal(SIGTERM)
+    _ = vm.wait()
+    home.expectNothingLeft()
+  }
+}
