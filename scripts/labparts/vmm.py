@@ -40,6 +40,8 @@ class Disk:
     # A back end for `path` that Martlet starts in a jail: its words, and the profile.
     program: str = None
     jail: Path = None
+    # More keys of Martlet's option, with a comma in front; other VMMs do without.
+    keys: str = ""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Martlet:
             keys = f"path={disk.path}"
             keys += ",readonly=on" if disk.readonly else ""
             keys += f",serial={disk.serial}" if disk.serial else ""
-            words += ["--disk", keys]
+            words += ["--disk", keys + disk.keys]
         for card in machine.cards:
             keys = f"vhost_user=on,socket={card.socket}" if card.socket else f"tap={card.tap}"
             words += ["--net", keys + (f",mac={card.mac}" if card.mac else "")]

@@ -13,6 +13,10 @@ PACKAGES = ["busybox-static", "e2fsprogs", "kmod", "lz4"]
 # ext4 is built into Debian's cloud kernel. virtio_mmio serves QEMU's microvm, button and evdev the power button.
 MODULES = ["virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "button", "evdev"]
 PROGRAMS = ["/sbin/mke2fs", "/sbin/e2fsck"]
+# On a disk of their own, for jobs that measure and break storage; started by `tool NAME` (scenarios/storage.py).
+TOOL_PACKAGES = ["fio", "xfsprogs", "util-linux"]
+TOOLS = ["/usr/bin/fio", "/sbin/mkfs.xfs", "/sbin/blkdiscard", "/sbin/fstrim"]
+TOOL_MODULES = ["xfs"]
 _HERE = Path(__file__).resolve().parent
 
 
@@ -69,10 +73,51 @@ def _build(place, cloud, stamp):
     (place / "built-from").write_text(stamp)
 
 
-def _programs():
-    """Every file that PROGRAMS need, by ldd: name in the guest -> file here."""
+def tools():
+    """An ext4 image with TOOLS in /bin, what they load in /lib, the loader as /ld.so, and kernel modules in /modules."""
+    with cache.lock("packages"):
+        debian.require(TOOL_PACKAGES)
+    cloud = kernel.from_package("linux-image-cloud-amd64")
+    digest = hashlib.sha256(cloud.version.encode())
+    for source in [Path(__file__), *map(Path, TOOLS)]:
+        digest.update(source.read_bytes())
+    directory = cache.ROOT / "guest-tools"
+    with cache.lock("guest-tools"):
+        stamp = directory / "built-from"
+        if directory.exists() and not (stamp.exists() and stamp.read_text() == digest.hexdigest()):
+            cache.remove(directory)
+        cache.made(directory, lambda place: _build_tools(place, cloud, digest.hexdigest()), "building the guest's tool disk")
+    return directory / "tools.img"
+
+
+def _build_tools(place, cloud, stamp):
+    tree = place / "tree"
+    for name in ("bin", "lib", "modules"):
+        (tree / name).mkdir(parents=True)
+    for program in TOOLS:
+        shutil.copy(os.path.realpath(program), tree / "bin" / os.path.basename(program))
+    for name, source in _programs(TOOLS).items():
+        if name.startswith("/bin/"):
+            continue
+        loader = "/ld-linux" in name
+        shutil.copy(source, tree / ("ld.so" if loader else f"lib/{os.path.basename(name)}"))
+    modules = cloud.load_order(TOOL_MODULES)
+    for module in modules:
+        shutil.copy(module, tree / "modules" / module.name)
+    (tree / "modules/order").write_text("".join(f"{module.name}\n" for module in modules))
+    size = sum(one.stat().st_size for one in tree.rglob("*") if one.is_file())
+    done = subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(tree),
+                           str(place / "tools.img"), f"{size // 900000 + 16}M"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LabError(f"mke2fs could not make the tool disk: {done.stderr.strip()}")
+    cache.remove(tree)
+    (place / "built-from").write_text(stamp)
+
+
+def _programs(programs=PROGRAMS):
+    """Every file that programs need, by ldd: name in the guest -> file here."""
     files = {}
-    for program in PROGRAMS:
+    for program in programs:
         files["/bin/" + os.path.basename(program)] = program
         shown = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
         for line in shown.splitlines():

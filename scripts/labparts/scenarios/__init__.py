@@ -9,10 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import kernel, vmm
+from .. import guest, kernel, vmm
 from ..vmm import Card, Disk, Failure, Generic, Machine, Share, Skip
 
 _scenarios = {}
+TOOLS = """
+mkdir -p /tools
+mount -t ext4 -o ro /dev/$(disk tools) /tools
+tool() { name=$1; shift; /tools/ld.so --library-path /tools/lib /tools/bin/$name "$@"; }
+"""
 QUICK = "console=ttyS0 quiet mitigations=off"
 
 
@@ -35,7 +40,7 @@ def scenario(purpose, limit):
 
 def all_scenarios():
     """All scenarios by name, in the order of their files."""
-    from . import boot, disk, net, console, power, control, foreign, devices  # noqa: F401
+    from . import boot, disk, storage, net, console, power, control, foreign, devices  # noqa: F401
     return _scenarios
 
 
@@ -150,9 +155,16 @@ class Trial:
             raise Failure(f"{self.vmm.name} ended with {result.process_exit} after the guest powered off; {running.tail()}")
         return result
 
-    def run(self, job, checks, seconds=60, on=None, **parts):
-        """Starts a machine with `job` and waits for its good end."""
-        return self.finish(self.start(self.machine(job, **parts), on), seconds, checks)
+    def run(self, job, checks, seconds=60, on=None, meanwhile=None, **parts):
+        """Starts a machine with `job` and waits for its good end; `meanwhile` is called with it first."""
+        running = self.start(self.machine(job, **parts), on)
+        if meanwhile:
+            meanwhile(running)
+        return self.finish(running, seconds, checks)
+
+    def tools(self):
+        """A disk with programs for storage; `tool NAME` runs one in the guest once TOOLS has been done."""
+        return Disk(guest.tools(), serial="tools", readonly=True)
 
     # Ending
 

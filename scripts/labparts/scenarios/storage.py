@@ -1,0 +1,179 @@
+"""Storage under load: verified I/O over queue layouts, file systems, holes, failing storage, resizing."""
+
+import os
+import subprocess
+
+from . import TOOLS, Disk, Failure, Skip, command, scenario
+
+VERIFY = """
+vd=/dev/$(disk work)
+equal queues {queues} $(ls -d /sys/block/${{vd##*/}}/mq/* | wc -l)
+succeeds {name} tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=32 --size=24m \\
+  --verify=crc32c --verify_fatal=1 --verify_backlog=64 --fsync=500 --loops=1 --thread --eta=never
+"""
+
+LAYOUTS = [("one queue of 256", 1, 256, ""), ("two queues of 16", 2, 16, ""), ("two queues of 1024, direct", 2, 1024, ",direct=on"),
+           ("two queues, threads", 2, 256, ",aio=threads"), ("two queues, no mapping, no looking", 2, 64, ",cache_map=off,poll=off")]
+
+
+@scenario("fio writes and verifies over queue layouts, ways of access, and caches", 400)
+def disk_verify(trial):
+    note = ""
+    for number, (name, queues, size, keys) in enumerate(LAYOUTS):
+        image = trial.image(f"work{number}", 32 << 20)
+        if "direct" in keys:
+            try:
+                os.close(os.open(image, os.O_RDWR | os.O_DIRECT))
+            except OSError:
+                keys, note = "", "without direct access, which this file system has not"
+        disk = Disk(image, serial="work", keys=f",num_queues={queues},queue_size={size}{keys}")
+        trial.run(TOOLS + VERIFY.format(queues=queues, name=f"fio{number}"), f"queues fio{number}", 120, disks=[disk, trial.tools()], cpus=2)
+    return note
+
+
+HOLES = TOOLS + """
+vd=/dev/$(disk holes)
+succeeds discard tool blkdiscard -o 1048576 -l 4194304 $vd
+succeeds zeroes tool blkdiscard -z -o 8388608 -l 1048576 $vd
+sync
+"""
+
+
+@scenario("discard makes holes on the host, write-zeroes reads as zeros, the rest stays", 90)
+def disk_holes(trial):
+    image = trial.image("holes", 16 << 20, random=True)
+    before, blocks = image.read_bytes(), os.stat(image).st_blocks
+    trial.run(HOLES, "discard zeroes", 80, disks=[Disk(image, serial="holes"), trial.tools()])
+    after = image.read_bytes()
+    expected = bytearray(before)
+    expected[1 << 20:5 << 20] = bytes(4 << 20)
+    expected[8 << 20:9 << 20] = bytes(1 << 20)
+    if after != bytes(expected):
+        raise Failure("the image does not contain what it should after discard and write-zeroes")
+    freed = (blocks - os.stat(image).st_blocks) * 512
+    if freed < 4 << 20:
+        raise Failure(f"discarding 4 MiB gave {freed} bytes back to the host")
+
+
+FULL = """
+vd=/dev/$(disk full)
+refused write dd if=/dev/urandom of=$vd bs=64k count=256 oflag=direct conv=notrunc
+succeeds read dd if=$vd of=/dev/null bs=64k count=4 iflag=direct
+"""
+
+
+@scenario("a full host file system: the write fails, the disk goes on", 90)
+def disk_full(trial):
+    place = trial.place / "small"
+    place.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place))
+    try:
+        image = place / "full.img"
+        with open(image, "wb") as file:
+            file.truncate(64 << 20)
+        trial.run(FULL, "write read", 80, disks=[Disk(image, serial="full")])
+    finally:
+        subprocess.run(["umount", "-l", str(place)])
+
+
+BROKEN = """
+vd=/dev/$(disk broken)
+succeeds good dd if=$vd of=/dev/null bs=64k count=16 iflag=direct
+refused read dd if=$vd of=/dev/null bs=4k skip=256 count=1 iflag=direct
+refused write dd if=/dev/zero of=$vd bs=4k seek=256 count=1 oflag=direct conv=notrunc
+succeeds again dd if=$vd of=/dev/null bs=64k count=16 iflag=direct
+"""
+
+
+@scenario("storage that fails (device mapper's error target): errors for what fails, and only for that", 90)
+def disk_error(trial):
+    subprocess.run(["modprobe", "dm_mod"], capture_output=True)
+    if not os.path.exists("/dev/mapper/control") or subprocess.run(["dmsetup", "version"], capture_output=True).returncode:
+        raise Skip("this machine has no device mapper")
+    backing = trial.image("backing", 4 << 20, random=True)
+    loop = command("losetup", "-f", "--show", str(backing)).strip()
+    name = f"martlet-{os.getpid()}"
+    table = f"0 2048 linear {loop} 0\n2048 2048 error\n4096 4096 linear {loop} 4096\n"
+    try:
+        subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "create", name], input=table, text=True, check=True)
+        try:
+            trial.run(BROKEN, "good read write again", 80, disks=[Disk(f"/dev/mapper/{name}", serial="broken", keys=",direct=on")])
+        finally:
+            subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "remove", "--retry", name])
+    finally:
+        subprocess.run(["losetup", "-d", loop])
+
+
+RESIZE = """
+vd=$(disk grow)
+echo MARTLET-READY
+(while [ ! -e /tmp/stop ]; do dd if=/dev/$vd of=/dev/null bs=64k count=32 iflag=direct 2>/dev/null || echo bad >/tmp/bad; done) &
+n=0
+while [ "$(cat /sys/block/$vd/size)" != 65536 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+equal grown 65536 "$(cat /sys/block/$vd/size)"
+succeeds end dd if=/dev/zero of=/dev/$vd bs=512 seek=65535 count=1 oflag=direct conv=notrunc
+echo MARTLET-GROWN
+n=0
+while [ "$(cat /sys/block/$vd/size)" != 16384 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+equal shrunk 16384 "$(cat /sys/block/$vd/size)"
+touch /tmp/stop
+wait
+equal load none "$(cat /tmp/bad 2>/dev/null || echo none)"
+"""
+
+
+@scenario("a disk grows and shrinks while the guest reads it", 150)
+def disk_resize(trial):
+    if trial.vmm.name != "martlet":
+        raise Skip("needs martlet ctl")
+    image = trial.image("grow", 16 << 20)
+
+    def orders(running):
+        running.wait_for("MARTLET-READY", 60)
+        trial.vmm.control(running, "resize-disk blk0 32M")
+        running.wait_for("MARTLET-GROWN", 80)
+        trial.vmm.control(running, "resize-disk blk0 8M")
+        stats = trial.vmm.ask(running, "stats blk0")
+        if not sum(queue["requests"] for queue in stats["devices"][0]["queues"]):
+            raise Failure(f"nothing was counted: {stats}")
+
+    trial.run(RESIZE, "grown end shrunk load", 140, disks=[Disk(image, serial="grow")], meanwhile=orders)
+    if image.stat().st_size != 8 << 20:
+        raise Failure(f"the image has {image.stat().st_size} bytes")
+
+
+LOAD = """
+for module in $(cat /tools/modules/order); do insmod /tools/modules/$module 2>/dev/null; done
+vd=/dev/$(disk fs)
+succeeds mkfs {mkfs} $vd
+mkdir -p /mnt
+succeeds mount mount -t {kind} $vd /mnt
+work() {{
+  i=0
+  mkdir /mnt/$1
+  while [ $i -lt 60 ]; do
+    dd if=/dev/urandom of=/mnt/$1/f$i bs=$((i % 7 + 1))k count=$((i + 1)) 2>/dev/null
+    [ $((i % 3)) = 0 ] && mv /mnt/$1/f$i /mnt/$1/g$i
+    [ $((i % 5)) = 0 ] && rm -f /mnt/$1/f$((i - 1))
+    [ $((i % 4)) = 0 ] && sync
+    i=$((i + 1))
+  done
+}}
+work a & work b & work c &
+wait
+succeeds trim tool fstrim /mnt
+sync
+echo 3 >/proc/sys/vm/drop_caches
+succeeds reread sh -c 'cat /mnt/*/* >/dev/null'
+succeeds umount umount /mnt
+"""
+
+
+@scenario("ext4 and xfs under a mixed load with trim; checked on the host", 240)
+def disk_filesystems(trial):
+    for kind, mkfs, check, size in [("ext4", "mkfs.ext4 -q", ["/sbin/e2fsck", "-fn"], 96),
+                                    ("xfs", "tool mkfs.xfs -q", ["/sbin/xfs_repair", "-n"], 320)]:
+        image = trial.image(f"fs-{kind}", size << 20)
+        trial.run(TOOLS + LOAD.format(mkfs=mkfs, kind=kind), "mkfs mount trim reread umount", 110, disks=[Disk(image, serial="fs"), trial.tools()],
+                  cpus=2)
+        command(*check, str(image))
