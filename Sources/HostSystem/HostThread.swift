@@ -60,11 +60,13 @@ private func threadEntry(_ argument: UnsafeMutableRawPointer?) -> UnsafeMutableR
 
 /// Signal masks and signals as readable events.
 public enum Signals {
-  /// Blocks every signal in the calling thread.
+  /// Blocks every signal in the calling thread but those that its own instructions raise: blocked, these end the process
+  /// without asking a handler (signal(7)).
   public static func blockAll() {
     var all = sigset_t()
     // SAFETY: the set is ours.
     unsafe sigfillset(&all)
+    for number in [SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP, SIGSYS] { unsafe sigdelset(&all, number) }
     _ = unsafe pthread_sigmask(SIG_SETMASK, &all, nil)
   }
 

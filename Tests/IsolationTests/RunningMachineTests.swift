@@ -20,9 +20,9 @@ import Testing
   }
 
   /// `run` with a disk and two consoles, the serial port in `log`.
-  static func command(_ directory: String, _ commandLine: String) -> [String] {
+  static func command(_ directory: String, _ commandLine: String, name: String = "walls") -> [String] {
     [
-      "run", "--name", "walls", "--kernel", directory + "/micro/micro.elf", "--cmdline", commandLine, "--cpus", "boot=2",
+      "run", "--name", name, "--kernel", directory + "/micro/micro.elf", "--cmdline", commandLine, "--cpus", "boot=2",
       "--memory", "size=64M", "--disk", "path=disk.img,num_queues=1", "--console", "null", "--serial", "file=log", "--control", "ctl",
     ]
   }
@@ -34,12 +34,12 @@ import Testing
       BuiltPrograms.path("martlet"), Self.command(directory, "test=idle ms=60000") + options, directory: directory)
   }
 
-  private func processes() -> [String: Int32] {
+  private func processes(of vm: String) -> [String: Int32] {
     var result: [String: Int32] = [:]
     for name in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
       guard let pid = Int32(name), let line = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline") else { continue }
       let title = String(decoding: line.prefix { $0 != 0 }, as: UTF8.self)
-      if title.hasPrefix("vm/walls/") { result[String(title.dropFirst(9))] = pid }
+      if title.hasPrefix("vm/\(vm)/") { result[String(title.dropFirst(vm.count + 4))] = pid }
     }
     return result
   }
@@ -131,6 +131,8 @@ import Testing
       "Needs KVM, root, the programs and the full walls."))
   func everyProcessAndThreadIsAsDeclared() throws {
     let directory = "/tmp/martlet-walls-\(getpid())"
+    // Other tests run VMs at the same time.
+    let name = "audit-\(getpid())"
     defer { try? FileManager.default.removeItem(atPath: directory) }
     try Self.prepare(directory)
     // In a network namespace with a tap of its own.
@@ -138,7 +140,7 @@ import Testing
     let vm = try RunningProgram(
       "/usr/bin/unshare",
       ["--net", "/bin/sh", "-c", script, "sh", BuiltPrograms.path("martlet")]
-        + Self.command(directory, "test=idle ms=60000") + ["--net", "tap=audit0", "--hardened"], directory: directory)
+        + Self.command(directory, "test=idle ms=60000", name: name) + ["--net", "tap=audit0", "--hardened"], directory: directory)
     defer {
       vm.signal(SIGTERM)
       _ = vm.wait()
@@ -149,7 +151,7 @@ import Testing
       if info.output.contains("running for") { break }
       usleep(20_000)
     }
-    let processes = processes()
+    let processes = processes(of: name)
     try #require(Set(processes.keys) == Set(Self.declared.keys).union(["spawner"]), "\(vm.errorText)")
     let own = namespaces(getpid())
     var uids: Set<String> = []

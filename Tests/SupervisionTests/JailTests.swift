@@ -164,7 +164,7 @@ struct JailTests {
     text = text.split(separator: "\n").filter { !$0.hasPrefix("program ") && !$0.hasPrefix("file /lib") && !$0.hasPrefix("file /etc") }
       .joined(separator: "\n")
     text +=
-      "\ncall wait4 # tells\ncall alarm # tells\ncall prctl arg0 in 4, 38 # not dumpable\ncall gettid # tells\ncall ioctl arg1 == 0x5401 # Swift\n"
+      "\ncall wait4 # tells\ncall alarm # tells\ncall prctl arg0 in 4, 23, 27, 38, 39, 47 # not dumpable; libcap-ng asks at its start\ncall gettid # tells\ncall ioctl arg1 == 0x5401 # Swift\n"
     text += "environment SWIFT_BACKTRACE=enable=no,swift-backtrace=/\n"
     let own = geteuid() == 0 ? ChildIdentity(uid: 1_900_000_200, gid: 1_900_000_200) : nil
     let profile = try JailProfile(text, file: "p")
