@@ -44,7 +44,8 @@ final class WholeVM {
   }
 
   func waitUntilRunning() throws {
-    for _ in 0..<2000 {
+    let end = Date().addingTimeInterval(20)
+    while Date() < end {
       if try ctl("info").output.contains("\"state\":\"running\"") { return }
       usleep(5000)
     }

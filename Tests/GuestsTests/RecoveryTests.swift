@@ -30,7 +30,7 @@ struct RecoveryTests {
   func disk(_ variant: String) throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=100000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
+      "--cmdline", "test=blk op=write depth=16 n=1000000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
       "ctl",
       "--serial", "file=serial.log",
     ])
