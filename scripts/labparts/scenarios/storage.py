@@ -97,7 +97,9 @@ def disk_error(trial):
     try:
         subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "create", name], input=table, text=True, check=True)
         try:
-            trial.run(BROKEN, "good read write again", 80, disks=[Disk(f"/dev/mapper/{name}", serial="broken", keys=",direct=on")])
+            # By the kernel's own name: without udev nobody makes the one below /dev/mapper.
+            minor = command("dmsetup", "info", "-c", "--noheadings", "-o", "minor", name).strip()
+            trial.run(BROKEN, "good read write again", 80, disks=[Disk(f"/dev/dm-{minor}", serial="broken", keys=",direct=on")])
         finally:
             subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "remove", "--retry", name])
     finally:
