@@ -6,7 +6,7 @@ import struct
 import time
 from pathlib import Path
 
-from .. import cache, vmm
+from .. import vmm
 from . import Card, Disk, Failure, Skip, pattern, scenario
 from . import disk as disks
 from . import net
@@ -104,17 +104,3 @@ def _frames_come_back(line, front):
                 if number:
                     raise Failure(f"frame {number} of {size} bytes was lost")
                 line.send(bytes(12) + there + here + body)
-
-
-@scenario("qemu-storage-daemon started in a jail by Martlet: ext4 made, filled, checked, compared", 180)
-def jailed_storage_daemon_serves(trial):
-    trial.only_martlet()
-    image = trial.image("fill", 96 << 20)
-    image.chmod(0o600)
-    jailed = Disk(path=image, jail=cache.CLONE / "protocol/jails/qemu-storage-daemon.jail",
-                  program="qemu-storage-daemon --blockdev driver=file,node-name=f,filename={path} "
-                          "--export type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=fd,addr.str={listen}")
-    job = disks.FILL.replace("$(disk fill)", "vda")
-    result = trial.run(job, "mkfs mount umount fsck", 170, disks=[jailed])
-    disks.compare_files(image, result)
-    trial.nothing_left()
