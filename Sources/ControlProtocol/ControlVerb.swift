@@ -5,6 +5,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case reboot, shutdown
   case stats
   case resizeDisk = "resize-disk"
+  case events
 
   package var summary: String {
     switch self {
@@ -17,6 +18,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .shutdown: "end the VM at once"
     case .stats: "requests, bytes, errors, kicks, calls and latencies of each queue"
     case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
+    case .events: "what happened to the devices, with times; with --follow also what will; with --json a line for each"
     }
   }
 
@@ -25,6 +27,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     switch self {
     case .stats: ["DEVICE"]
     case .resizeDisk: ["DEVICE", "SIZE"]
+    case .events: ["--follow"]
     default: []
     }
   }

@@ -2,16 +2,28 @@ import CLinux
 import HostSystem
 
 /// The listening socket for `martlet ctl` and its connections. One request line of words, one JSON object line back; a
-/// connection may carry several.
+/// connection may carry several. One that follows events gets a line for each from then on.
+///
+/// Nobody is waited for: what a client does not read is kept, up to a limit for each. Beyond it answers are lost, and so are
+/// events, of which it is told how many.
 final class ControlServer {
   /// More are refused at once.
   static let clientLimit = 16
   /// A longer request line ends its connection.
   static let lineLimit = 4096
+  /// Bytes that are kept for a client that does not read, behind what its socket holds.
+  static let answerLimit = 1 << 20
+  static let eventLimit = 64 << 10
 
   private final class Client {
     let socket: OwnedFD
     var received: [UInt8] = []
+    /// What its socket has not taken yet: the rest of a line, and whole ones.
+    var outgoing: [UInt8] = []
+    var followsEvents = false
+    /// Since it was told last.
+    var missedCount: UInt64 = 0
+    var isWatchedForWriting = false
 
     init(_ socket: consuming OwnedFD) { self.socket = socket }
   }
@@ -71,9 +83,58 @@ final class ControlServer {
     return .closed(client.socket.rawValue)
   }
 
-  /// Sends an answer. A client that does not read its answers loses them: we never wait for it.
+  /// Sends an answer, or keeps it until the client reads. One that does not read its answers loses them: we never wait for it.
   func write(_ line: [UInt8], to id: Int) {
+    guard let client = clients[id], client.outgoing.count + line.count <= Self.answerLimit else { return }
+    send(line, to: client)
+  }
+
+  /// From here on the client gets every event.
+  func follow(_ id: Int) { clients[id]?.followsEvents = true }
+
+  var hasFollowers: Bool { clients.values.contains { $0.followsEvents } }
+
+  /// Sends an event's line to all who follow.
+  func publish(_ line: [UInt8]) {
+    for client in clients.values where client.followsEvents {
+      if client.outgoing.count + line.count > Self.eventLimit {
+        client.missedCount += 1
+      } else {
+        tellOfMissed(client)
+        send(line, to: client)
+      }
+    }
+  }
+
+  /// The client may have room again.
+  func flush(_ id: Int) {
     guard let client = clients[id] else { return }
-    _ = UnixSocket.send(client.socket, line, waiting: false)
+    if !client.outgoing.isEmpty { send([], to: client) }
+    if client.outgoing.isEmpty { tellOfMissed(client) }
+  }
+
+  private func tellOfMissed(_ client: Client) {
+    guard client.missedCount > 0 else { return }
+    send(Supervisor.line(.record(["event": .string("missed"), "count": .unsigned(client.missedCount)])), to: client)
+    client.missedCount = 0
+  }
+
+  private func send(_ line: [UInt8], to client: Client) {
+    client.outgoing += line
+    // Each round hands over some of what is there.
+    while !client.outgoing.isEmpty {
+      guard case .bytes(let count) = UnixSocket.send(client.socket, client.outgoing, waiting: false), count > 0 else { return }
+      client.outgoing.removeFirst(count)
+    }
+  }
+
+  /// Clients that have to be watched for other things than before.
+  func takeWatchChanges() -> [(number: CInt, Readiness)] {
+    var changes: [(number: CInt, Readiness)] = []
+    for client in clients.values where client.isWatchedForWriting == client.outgoing.isEmpty {
+      client.isWatchedForWriting.toggle()
+      changes.append((client.socket.rawValue, client.isWatchedForWriting ? [.readable, .writable] : .readable))
+    }
+    return changes
   }
 }

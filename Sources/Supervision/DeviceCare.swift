@@ -47,8 +47,8 @@ final class DeviceCare {
   private var deaths: [MonotonicTime] = []
   /// Since the device was served last.
   private var failureCount = 0
-  /// When service was lost.
-  var lostTime = MonotonicTime.now
+  /// When service was lost; nil while there is a back end, as far as we know.
+  var lostTime: MonotonicTime?
 
   private static let window = Duration.seconds(60)
   private static let firstDelay = Duration.milliseconds(50)
@@ -86,6 +86,7 @@ final class DeviceCare {
   /// The device is served again.
   func succeeded() {
     step = .none
+    lostTime = nil
     restartCount += 1
     failureCount = 0
   }

@@ -13,10 +13,17 @@ extension Supervisor {
 
   func handleClient(_ id: Int) {
     guard let control else { return }
+    control.flush(id)
     switch control.read(id) {
     case .closed(let number): loop.remove(number: number)
     case .lines(let lines): for line in lines { handleRequest(line, from: id) }
     }
+    adjustClients()
+  }
+
+  /// Watches for room those whose answers did not fit, and no others.
+  func adjustClients() {
+    for (number, readiness) in control?.takeWatchChanges() ?? [] { try? loop.modify(number: number, for: readiness) }
   }
 
   private func handleRequest(_ line: String, from client: Int) {
@@ -33,6 +40,7 @@ extension Supervisor {
     switch verb {
     case .stats: return tellStatistics(arguments.first, to: client)
     case .resizeDisk: return resizeDisk(arguments, for: client)
+    case .events: return tellEvents(arguments, to: client)
     case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
     case .info: message = .information
     case .pause: message = .pause
@@ -73,10 +81,8 @@ extension Supervisor {
   }
 
   func reply(_ client: Int, _ value: JSONValue) {
-    var line: [UInt8] = []
-    value.write(to: &line)
-    line.append(10)
-    control?.write(line, to: client)
+    control?.write(Self.line(value), to: client)
+    adjustClients()
   }
 
   // MARK: Descriptions
@@ -131,6 +137,7 @@ extension Supervisor {
       members.append(.init("slot", .unsigned(UInt64(assignment.pciSlot))))
       let report = reports[assignment.id]
       members.append(.init("restarts", .unsigned(UInt64(cares[assignment.id]?.restartCount ?? 0))))
+      members.append(.init("events", journal.describeCounts(of: assignment.id)))
       members.append(.init("state", .string(report?.state.name ?? "waiting")))
       if let reason = report?.reason, !reason.isEmpty { members.append(.init("reason", .string(reason))) }
       let queues = report?.queues ?? assignment.queueSizes.map { .init(size: $0, isEnabled: false) }

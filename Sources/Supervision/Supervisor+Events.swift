@@ -180,6 +180,8 @@ extension Supervisor {
       if !answerReattach(sequence, message) { answer(sequence, message) }
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)
+      if report.state == .connected || report.state == .active, old == nil || old?.state == .connecting { note(.connected, report.id) }
+      if report.state == .needsReset, old?.state != .needsReset { note(.needsReset, report.id, report.reason) }
       if report.state == .waiting, old?.state != .waiting, case .running = phase { backEndLost(report) }
       if report.state == .needsReset || report.state == .lost, old?.state != report.state, case .running = phase {
         say(.warning, "Device \(report.id) is \(report.state.name)\(report.reason.isEmpty ? "" : ": " + report.reason)")
@@ -221,7 +223,9 @@ extension Supervisor {
 
   private func handle(_ event: CoreMessage.GuestEvent) {
     switch event {
-    case .reset: Log.info("The guest was reset")
+    case .reset:
+      note(.guestReset)
+      Log.info("The guest was reset")
     case .panicked: say(.warning, "The guest's kernel panicked")
     case .poweredOff, .resetEnded, .shutDown: end(.success, askCore: false)
     case .crashed:

@@ -27,7 +27,7 @@ extension Supervisor {
   func backEndDied(_ process: VMProcess, _ end: ProcessEnd) -> Bool {
     guard let care = cares[process.id] else { return false }
     let what = "\(process.program) of \(process.id) (pid \(process.processID)) \(end)"
-    if case .none = care.step { care.lostTime = .now }
+    noteLoss(care, what, ["pid": UInt64(process.processID)])
     care.socket = nil
     switch care.policy.action {
     case .fail: return false
@@ -36,6 +36,7 @@ extension Supervisor {
       self.end(.device, askCore: true)
     case .hold:
       care.step = .held
+      note(.held, care.id)
       say(.warning, "\(what); the device is held")
     case .restart:
       guard let delay = care.delay(afterDeathAt: .now) else {
@@ -53,10 +54,12 @@ extension Supervisor {
     guard let care = cares[report.id] else { return }
     switch care.kind {
     case .program, .jailed:
-      if case .none = care.step { processes.first { $0.id == report.id }?.signal(9) }
+      guard case .none = care.step else { return }
+      noteLoss(care, report.reason)
+      processes.first { $0.id == report.id }?.signal(9)
     case .external(let path):
       guard care.step == .none else { return }
-      care.lostTime = .now
+      noteLoss(care, report.reason)
       switch care.policy.action {
       case .restart:
         care.step = .due(.now)
@@ -64,13 +67,26 @@ extension Supervisor {
       case .stopVM:
         say(.error, "Back end of \(report.id) at '\(path)' is gone; the VM ends, as on-death=stop-vm says")
         end(.device, askCore: true)
-      case .hold, .fail: care.step = .held
+      case .hold, .fail:
+        care.step = .held
+        note(.held, care.id)
       }
+    }
+  }
+
+  /// The device is not served any more, or its next back end has failed before it was.
+  private func noteLoss(_ care: DeviceCare, _ why: String, _ values: KeyValuePairs<String, UInt64> = [:]) {
+    if care.lostTime == nil {
+      care.lostTime = .now
+      note(.lost, care.id, why, values)
+    } else if values.first != nil, care.step != .none {
+      note(.startFailed, care.id, why, values)
     }
   }
 
   private func giveUp(_ care: DeviceCare, _ why: String) {
     care.step = .givenUp
+    note(.givenUp, care.id, why)
     say(.error, why)
     _ = channel?.send(.giveUp(id: care.id))
   }
@@ -149,10 +165,12 @@ extension Supervisor {
     guard let care = cares.values.first(where: { $0.step == .reattaching(sequence: sequence) }) else { return false }
     switch message {
     case .done:
+      let gap = MonotonicTime.now.since(care.lostTime ?? .now)
       care.succeeded()
-      let gap = MonotonicTime.now.since(care.lostTime).nanoseconds / 1_000_000
-      say(.info, "Device \(care.id) is served again, \(gap) ms after its back end was lost")
+      note(.restarted, care.id, "", ["gap_ns": UInt64(clamping: gap.nanoseconds), "restarts": UInt64(care.restartCount)])
+      say(.info, "Device \(care.id) is served again, \(gap.nanoseconds / 1_000_000) ms after its back end was lost")
     case .refused(let sentence):
+      note(.startFailed, care.id, sentence)
       say(.warning, "The new back end of \(care.id) cannot be used: \(sentence)")
       switch care.kind {
       // Its end counts as a death, and decides how it goes on.

@@ -42,7 +42,7 @@ extension Supervisor {
       devices.append(
         .record([
           "id": .string(assignment.id), "type": .string(assignment.deviceType.description),
-          "queues": .array(memory.queues.map(Self.describe)),
+          "events": journal.describeCounts(of: assignment.id), "queues": .array(memory.queues.map(Self.describe)),
         ]))
     }
     if let id, devices.isEmpty { return refuse(client, "The back end of '\(id)' is not ours and tells no statistics") }

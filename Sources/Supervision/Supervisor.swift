@@ -93,6 +93,7 @@ package final class Supervisor {
   var failure: SupervisionError?
 
   var control: ControlServer?
+  var journal = EventJournal()
   var pending: [PendingRequest] = []
 
   /// Prepares to run; opens nothing of the guest's yet. Signals are blocked from here on.

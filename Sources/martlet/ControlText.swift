@@ -13,7 +13,21 @@ enum ControlText {
     case .shutdown: "shut down\n"
     case .stats: statistics(answer)
     case .resizeDisk: "the guest is told\n"
+    case .events: (answer["events"]?.array ?? []).map(event).joined()
     }
+  }
+
+  /// One event, a line.
+  static func event(_ value: JSONValue) -> String {
+    if value["event"]?.string == "missed" { return "(\(number(value["count"])) events were lost, because they were read too slowly)\n" }
+    var words = [value["time"]?.string ?? "", value["device"]?.string ?? "-", value["event"]?.string ?? ""]
+    for member in value.members ?? [] where !["number", "time", "time_ns", "event", "device", "text"].contains(member.name) {
+      if let number = member.value.unsigned {
+        words.append(member.name.hasSuffix("_ns") ? "\(member.name.dropLast(3))=\(number / 1000) us" : "\(member.name)=\(number)")
+      }
+    }
+    if let text = value["text"]?.string { words.append(text) }
+    return words.joined(separator: "  ") + "\n"
   }
 
   private static func statistics(_ answer: JSONValue) -> String {

@@ -44,6 +44,8 @@ struct ControlRequest {
         path = value
       } else if word.hasPrefix("--control=") {
         path = String(word.dropFirst("--control=".count))
+      } else if word == "--follow", verb == nil || verb == .events, words.isEmpty {
+        words.append(word)
       } else if word.hasPrefix("--") {
         let name = String(word.dropFirst(2))
         throw .unknownOption(name, nearest: EditDistance.nearest(to: name, in: ["control", "json"]))
@@ -51,7 +53,7 @@ struct ControlRequest {
         verb = known
       } else if verb == nil {
         throw .unknownRequest(word, nearest: EditDistance.nearest(to: word, in: names), known: names)
-      } else if let verb, words.count < verb.arguments.count, !word.isEmpty, !word.contains(" "), !word.contains("\n") {
+      } else if let verb, verb != .events, words.count < verb.arguments.count, !word.isEmpty, !word.contains(" "), !word.contains("\n") {
         words.append(word)
       } else {
         throw .unexpectedArgument(word)
@@ -62,6 +64,7 @@ struct ControlRequest {
       throw .badValue(place: "--control", value: path, expected: "a socket path of 1 to 107 bytes")
     }
     guard let verb else { throw .missingRequest(known: names) }
+    if verb != .events, words.first == "--follow" { throw .unknownOption("follow", nearest: nil) }
     guard words.count >= verb.neededArguments else {
       throw .missingOption(verb.arguments[words.count], example: "martlet ctl --control \(path) \(verb.usage)")
     }
@@ -73,7 +76,20 @@ struct ControlRequest {
 
   func perform() -> ExitCode {
     let answer: JSONValue
-    do throws(SystemError) { answer = try ask() } catch {
+    do throws(SystemError) {
+      let line = try LineSocket(path)
+      try line.send(([verb.rawValue] + words).joined(separator: " "))
+      guard let first = try line.next(within: .seconds(10)) else {
+        throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
+      }
+      answer = first
+      if verb == .events, answer["ok"]?.bool == true {
+        show(answer["events"]?.array ?? [])
+        // Until the VM ends or nobody reads what we print.
+        while !words.isEmpty, let event = try line.next(within: nil) { show([event]) }
+        return .success
+      }
+    } catch {
       switch error.errno {
       case .noEntry: Log.error("No VM has the control socket '\(path)'; it is made by martlet run --control")
       case .connectionRefused: Log.error("Nobody listens at '\(path)'; the VM has ended")
@@ -92,25 +108,46 @@ struct ControlRequest {
     return isDone ? .success : ExitCode(rawValue: 1)
   }
 
-  private func ask() throws(SystemError) -> JSONValue {
-    let socket = try UnixSocket.connect(to: path, timeout: .seconds(5))
-    try socket.writeAll(Array((([verb.rawValue] + words).joined(separator: " ") + "\n").utf8))
-    var line: [UInt8] = []
-    var buffer = [UInt8](repeating: 0, count: 65536)
-    let end = MonotonicTime.now.advanced(by: .seconds(10))
-    while !line.contains(10) {
-      let left = end.since(.now)
-      guard left > .zero, line.count < JSONValue.lengthLimit else { throw SystemError("read an answer from '\(path)'", .timedOut) }
+  private func show(_ events: [JSONValue]) {
+    for event in events { Output.standard.write(isJSON ? event.text + "\n" : ControlText.event(event)) }
+  }
+}
+
+/// A connection to a VM: request lines out, JSON lines in.
+private final class LineSocket {
+  private let path: String
+  private let socket: OwnedFD
+  private var received: [UInt8] = []
+  private var buffer = [UInt8](repeating: 0, count: 65536)
+
+  init(_ path: String) throws(SystemError) {
+    self.path = path
+    socket = try UnixSocket.connect(to: path, timeout: .seconds(5))
+  }
+
+  func send(_ line: String) throws(SystemError) { try socket.writeAll(Array((line + "\n").utf8)) }
+
+  /// The next line; nil when the other end has closed.
+  /// - Parameter time: how long to wait; nil for as long as it takes.
+  func next(within time: Duration?) throws(SystemError) -> JSONValue? {
+    let end = time.map { MonotonicTime.now.advanced(by: $0) }
+    while !received.contains(10) {
+      let left = end?.since(.now)
+      guard left.map({ $0 > .zero }) ?? true, received.count < JSONValue.lengthLimit else {
+        throw SystemError("read an answer from '\(path)'", .timedOut)
+      }
       guard try socket.waitUntil(.readable, timeout: left) else { continue }
       // SAFETY: the buffer is lent for the call.
       switch unsafe buffer.withUnsafeMutableBytes({ bytes in unsafe socket.read(into: bytes) }) {
-      case .bytes(let count): line += buffer[..<count]
+      case .bytes(let count): received += buffer[..<count]
       case .wouldBlock: continue
-      case .end: throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
+      case .end: return nil
       case .failed(let error): throw SystemError("read an answer from '\(path)'", error)
       }
     }
-    do throws(JSONError) { return try JSONValue(parsing: Array(line.prefix { $0 != 10 })) } catch {
+    let line = Array(received.prefix { $0 != 10 })
+    received.removeFirst(line.count + 1)
+    do throws(JSONError) { return try JSONValue(parsing: line) } catch {
       throw SystemError("understand the answer from '\(path)'", .invalid)
     }
   }

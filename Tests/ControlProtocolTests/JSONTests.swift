@@ -45,3 +45,20 @@ import Testing
     #expect(throws: JSONError.self) { try JSONValue(parsing: String(repeating: "[", count: 100_000)) }
   }
 }
+
+@Suite struct WallTimeTests {
+  /// Against the calendar of another implementation: turns of years and centuries, leap days, and any moment.
+  @Test func timesAreThoseOfTheCalendar() throws {
+    let formatter = DateFormatter()
+    formatter.locale = Locale(identifier: "en_US_POSIX")
+    formatter.timeZone = TimeZone(identifier: "UTC")
+    formatter.dateFormat = "yyyy-MM-dd'T'HH:mm:ss"
+    var moments: [UInt64] = [0, 951_782_399, 951_782_400, 4_107_542_399, 4_107_542_400, 1_709_164_800, 13_569_465_599]
+    var random = SystemRandomNumberGenerator()
+    for _ in 0..<500 { moments.append(UInt64.random(in: 0...13_000_000_000, using: &random)) }
+    for seconds in moments {
+      let expected = formatter.string(from: Date(timeIntervalSince1970: Double(seconds)))
+      #expect(WallTime.text(seconds * 1_000_000_000 + 1_234_567) == expected + ".001234Z")
+    }
+  }
+}
