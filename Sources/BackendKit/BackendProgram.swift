@@ -102,7 +102,8 @@ public struct BackendProgram: Sendable {
     Log.level = launch.logLevel
     do {
       // From here on the arguments are not read again: the title stands in their place.
-      try wall { () throws(SandboxError) in try ProcessWalls.raise(title: launch.title) }
+      let suffix = launch.isStandby ? Self.standbySuffix : ""
+      try wall { () throws(SandboxError) in try ProcessWalls.raise(title: launch.title.map { $0 + suffix }) }
       return try serve(launch)
     } catch {
       Log.error("\(error)")
@@ -131,6 +132,7 @@ public struct BackendProgram: Sendable {
       let entrance = try Entrance(launch)
       let statistics = try statisticsMemory(launch, queueCount: device.profile.queueCount)
       var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised, statistics: statistics)
+      if launch.isStandby { server.titleInService = launch.title }
       try wall { () throws(SandboxError) in
         try ProcessWalls.closeCalls(calls, launch.walls)
       }
@@ -172,6 +174,9 @@ public struct BackendProgram: Sendable {
   ) throws(BackendError) {
     try serve(socket, ChainBackend(device))
   }
+
+  /// Behind the title of a process that waits for its turn.
+  private static let standbySuffix = " (spare)"
 
   private func statisticsMemory(_ launch: LaunchArguments, queueCount: Int) throws(BackendError) -> MemoryMapping? {
     guard let number = launch.statisticsFD else { return nil }

@@ -138,6 +138,7 @@ extension BackendServer where Device: ~Copyable {
         case .signals:
           if isEnding(signals) { return .asked }
         case .control:
+          if let title = titleInService.take() { _ = unsafe clinux_change_title(title) }
           do { try connection.receive(now: .now, &self) } catch { return ended(by: error) }
         case .listener: break
         }

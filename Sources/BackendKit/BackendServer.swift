@@ -20,6 +20,8 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   let inflightStore: InflightStore?
   var features: FeatureSet = []
   var hasWarnedOfUnsealed = false
+  /// What a process that waits for its turn is called when that has come.
+  var titleInService: String?
 
   /// - Parameter statistics: a page for every queue, to be read by others; nil for memory of our own.
   init(

@@ -44,6 +44,9 @@ public struct LaunchArguments: Sendable {
   package var walls = WallMode.off
   private var values: [String: String] = [:]
 
+  /// Another process may still be at work on what this one has been given; that is over when the front end speaks.
+  public var isStandby = false
+
   /// Under a supervisor the rules are stricter: guest memory must be sealed.
   public var isSupervised: Bool { readyFD != nil }
 
@@ -72,6 +75,7 @@ public struct LaunchArguments: Sendable {
     .value("fd", "NUMBER", "serve the front end at the other end of this inherited socket"),
     .value("ready-fd", "NUMBER", "write READY to this descriptor when the device can serve"),
     .value("stats-fd", "NUMBER", "keep statistics in this shared memory, a page for every queue"),
+    .flag("standby", "what this process is given may be another's: leave it alone until the front end speaks"),
     .value("title", "TEXT", "who this process is, for logs and process lists"),
     .value("sandbox", "MODE", "off, on, or log: do what the walls forbid, and write it to the kernel's log (default: off)"),
     .value("log", "LEVEL", "error, warning, info or debug (default: warning)"),
@@ -130,6 +134,7 @@ public struct LaunchArguments: Sendable {
     case "ready-fd": readyFD = try Self.descriptorNumber(value, of: "--ready-fd")
     case "stats-fd": statisticsFD = try Self.descriptorNumber(value, of: "--stats-fd")
     case "title": title = value
+    case "standby": isStandby = true
     case "sandbox":
       guard let mode = WallMode(rawValue: value) else { throw .badOption("--sandbox", why: "is on, off or log, not \(value)") }
       walls = mode

@@ -103,6 +103,7 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
   }
 
   package mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
+    do { try space.image.claim() } catch { throw .device("\(error)") }
     let index = queue.index
     running[index] = queue.ports
     desks[index].give(.serve(queue))

@@ -72,7 +72,8 @@ public enum BlockProgram {
 
   private static func openImage(_ launch: LaunchArguments) throws(BackendError) -> DiskImage {
     var options = DiskImage.Options(
-      isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"), isShared: launch.has("force-share"))
+      isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"), isShared: launch.has("force-share"),
+      isLockedLater: launch.isStandby)
     guard !options.isShared || options.isReadOnly else { throw .badOption("--force-share", why: "goes with --read-only") }
     switch launch.value("cache-map") {
     case nil, "on": options.mapsCache = true

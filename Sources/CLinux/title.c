@@ -26,6 +26,10 @@ __attribute__((constructor)) static void remember_arguments(int count, char **ar
 int clinux_set_title(const char *title) {
   const char *name = strrchr(title, '/');
   prctl(PR_SET_NAME, name ? name + 1 : title, 0, 0, 0);
+  return clinux_change_title(title);
+}
+
+int clinux_change_title(const char *title) {
   if (area_size < 2) return 0;
   size_t length = strlen(title);
   if (length > area_size - 1) length = area_size - 1;

@@ -59,6 +59,10 @@ extension VMConfiguration {
     KeyDescription("restart-limit", "N", "deaths a minute before it is given up; 5 when left out"),
   ]
 
+  private static let spareKeys = [
+    KeyDescription("spare", "on|off", "a second process waits to take over, for some 0.5 MiB of memory; off when left out")
+  ]
+
   private static let vhostUserKeys = [
     KeyDescription("vhost_user", "on|off", "served by a back end of somebody else's"),
     KeyDescription("socket", "PATH", "listening socket of that back end, started by hand"),
@@ -128,7 +132,7 @@ extension VMConfiguration {
           KeyDescription("ops_size", "COUNT", "rate limit: requests that refill within ops_refill_time"),
           KeyDescription("ops_one_time_burst", "COUNT", "requests more, once"),
           KeyDescription("ops_refill_time", "MS", "milliseconds"),
-        ] + deathKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
+        ] + deathKeys + spareKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
       example: "--disk path=root.img"
     ) { (draft, values) throws(ConfigurationError) in
       let serial = values["serial"]
@@ -155,6 +159,9 @@ extension VMConfiguration {
         id: "", source: source, serial: serial,
         queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues)) ?? defaultQueueCount(source)),
         queueSize: try values.queueSize("queue_size") ?? 256, death: try values.deathPolicy())
+      if disk.death.hasSpare, case .external = source {
+        throw .conflict("--disk vhost_user=on", "spare=on", remedy: "leave out spare=, that back end is not ours")
+      }
       if case .image = source, disk.queueSize > 1024 { throw values.bad("queue_size", "a power of two from 2 to 1024") }
       disk.backEndArguments = arguments
       disk.isShared = isShared
@@ -223,7 +230,7 @@ extension VMConfiguration {
         keys: [
           KeyDescription("src", "PATH", "character device that random bytes are read from; /dev/urandom when left out"),
           KeyDescription("id", "NAME", "name of the device; rng0 when left out"),
-        ] + deathKeys, words: [KeyDescription("on", "", "with /dev/urandom")]), group: "Devices",
+        ] + deathKeys + spareKeys, words: [KeyDescription("on", "", "with /dev/urandom")]), group: "Devices",
       summary: "virtio entropy device (hwrng), served by its own process", example: "--rng on"
     ) { (draft, values) throws(ConfigurationError) in
       if values.has(word: "on"), values.has(key: "src") {
@@ -364,6 +371,8 @@ extension OptionValues {
       policy.action = action
     }
     if let limit = try number("restart-limit", in: 0...100_000) { policy.limit = Int(limit) }
+    policy.hasSpare = try onOff("spare", default: false)
+    if policy.hasSpare, policy.action != .restart { throw bad("spare", "on-death=restart beside it, or off") }
     return policy
   }
 

@@ -45,6 +45,8 @@ package struct VMConfiguration: Equatable, Sendable {
     package var action = Action.restart
     /// More deaths of a process within a minute are a failure for good.
     package var limit = 5
+    /// A process waits beside the one that serves, to take over.
+    package var hasSpare = false
   }
 
   /// A back end of somebody else's that the supervisor starts, in a jail.

@@ -25,7 +25,13 @@ package final class DiskImage: Sendable {
     /// Data that the host has cached is copied from a mapping of the file, where that is safe.
     package var mapsCache = true
 
-    package init(isReadOnly: Bool = false, isDirect: Bool = false, isShared: Bool = false, mapsCache: Bool = true) {
+    /// The image is still another process's: it is locked by `claim`, before the first request.
+    package var isLockedLater: Bool
+
+    package init(
+      isReadOnly: Bool = false, isDirect: Bool = false, isShared: Bool = false, mapsCache: Bool = true, isLockedLater: Bool = false
+    ) {
+      self.isLockedLater = isLockedLater
       self.isReadOnly = isReadOnly
       self.isDirect = isDirect
       self.isShared = isShared
@@ -58,6 +64,7 @@ package final class DiskImage: Sendable {
   /// No storage at all: every request is done at once, reads bring nothing. For measuring what lies around the storage.
   package let isNull: Bool
 
+  private let hasLock: Atomic<Bool>
   private let failedSync = Atomic<Bool>(false)
 
   /// The kernel reports a lost write once. From then on nothing can be promised to be stable, so every later flush fails
@@ -98,6 +105,17 @@ package final class DiskImage: Sendable {
     canZeroRanges = facts.canZeroRanges
     canAllocate = facts.canAllocate
     isNull = false
+    hasLock = Atomic(!options.isLockedLater || options.isShared)
+  }
+
+  /// Before the first request to an image that was opened while it was another's: it must be ours alone now. Whoever started
+  /// this process has taken the lock on the open file that we share with it; then this is a look, else it is refused.
+  package func claim() throws(DiskImageError) {
+    guard !hasLock.load(ordering: .relaxed) else { return }
+    let result = clinux_ofd_lock(file.rawValue, CInt(isReadOnly ? F_RDLCK : F_WRLCK))
+    if result == -EAGAIN || result == -EACCES { throw .inUse(name) }
+    if result < 0 { throw .cannotOpen(name, Errno(-result)) }
+    hasLock.store(true, ordering: .relaxed)
   }
 
   /// A disk without storage, of so many bytes (a multiple of 512, at least one sector).
@@ -118,6 +136,7 @@ package final class DiskImage: Sendable {
     canZeroRanges = true
     canAllocate = true
     isNull = true
+    hasLock = Atomic(true)
   }
 
   /// `O_DIRECT` on x86-64 (asm-generic/fcntl.h).
@@ -193,7 +212,7 @@ package final class DiskImage: Sendable {
       facts.byteCount -= facts.byteCount % 512
     }
     if !options.isReadOnly { probeAllocation(fd, status, &facts) }
-    if !options.isShared { try lock(fd, name, options) }
+    if !options.isShared, !options.isLockedLater { try lock(fd, name, options) }
     return facts
   }
 

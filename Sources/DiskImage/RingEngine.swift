@@ -32,7 +32,9 @@ package struct RingEngine: StorageEngine, ~Copyable {
   package init(_ image: DiskImage, depth: Int, watchLimit: Int = 4) throws(SystemError) {
     // At most one entry per slot is prepared at a time, and two per watched descriptor: the queue never fills up.
     var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit + 1)
-    configuration.files = [image.file.rawValue]
+    // The image is not registered with the ring: a dying ring gives registered files back only after a grace period of RCU and
+    // by way of kernel workers, 20 to 60 ms after the process; until then a successor would find the image locked. A plain
+    // descriptor goes with the process, or with the last request that is under way, and costs two atomic additions each.
     configuration.workerLimit = 16
     var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove, .timeout]
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
@@ -86,12 +88,13 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private mutating func prepare(_ slot: Int) {
     let state = unsafe slots + slot
     let tag = Kind.request << 32 | UInt64(slot)
+    let file = IOFile.descriptor(image.file.rawValue)
     let prepared: Bool
     switch unsafe state.pointee.step {
-    case .sync: prepared = ring.prepareDataSync(.registered(0), userData: tag)
+    case .sync: prepared = ring.prepareDataSync(file, userData: tag)
     case .allocate(let mode):
       prepared = unsafe ring.prepareAllocate(
-        .registered(0), mode: UInt32(mode), offset: state.pointee.offset, byteCount: state.pointee.remaining, userData: tag)
+        file, mode: UInt32(mode), offset: state.pointee.offset, byteCount: state.pointee.remaining, userData: tag)
     case .transfer:
       let offset = unsafe state.pointee.offset
       let durable = unsafe state.pointee.request.isDurable
@@ -101,17 +104,17 @@ package struct RingEngine: StorageEngine, ~Copyable {
         let length = UInt32(unsafe piece.byteCount)
         prepared =
           reads
-          ? unsafe ring.prepareRead(.registered(0), into: piece.base, byteCount: length, offset: offset, userData: tag)
+          ? unsafe ring.prepareRead(file, into: piece.base, byteCount: length, offset: offset, userData: tag)
           : unsafe ring.prepareWrite(
-            .registered(0), from: piece.base, byteCount: length, offset: offset, durable: durable, userData: tag)
+            file, from: piece.base, byteCount: length, offset: offset, durable: durable, userData: tag)
       } else {
         let count = unsafe state.pointee.vectorCount
         guard let vectors = unsafe state.pointee.vectors else { preconditionFailure("A transfer has memory.") }
         prepared =
           reads
-          ? unsafe ring.prepareReadVectored(.registered(0), into: vectors, count: count, offset: offset, userData: tag)
+          ? unsafe ring.prepareReadVectored(file, into: vectors, count: count, offset: offset, userData: tag)
           : unsafe ring.prepareWriteVectored(
-            .registered(0), from: vectors, count: count, offset: offset, durable: durable, userData: tag)
+            file, from: vectors, count: count, offset: offset, durable: durable, userData: tag)
       }
     }
     precondition(prepared, "The ring has an entry for every slot.")

@@ -9,7 +9,8 @@ import VirtioTransport
 /// somebody to serve it.
 extension DeviceFrontEnd {
   func detach(_ error: VhostUserError) {
-    inflight = session?.inflight ?? inflight
+    // Without rings that have run nothing is in flight: an area from before a reset speaks of rings that are no more.
+    inflight = hasRun ? session?.inflight ?? inflight : nil
     session?.abandon()
     telling = nil
     calls = [:]

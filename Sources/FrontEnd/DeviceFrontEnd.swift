@@ -293,6 +293,7 @@ package final class DeviceFrontEnd {
     isBroken = false
     told = [:]
     inflight = nil
+    if state == .reattaching { session?.forgetInflight() }
     // Without a back end there is nothing that would have to stop.
     guard state != .lost, state != .detached, state != .reattaching else { return completeReset() }
     state = .resetting

@@ -61,6 +61,8 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
+        SystemCallRule(
+          number: 72, conditions: [.init(argument: 1, test: .masked(.max, equals: 37))], reason: "fcntl"),
       ]
     case .block:
       [
@@ -71,6 +73,8 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 24, reason: "sched_yield"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
+        SystemCallRule(
+          number: 72, conditions: [.init(argument: 1, test: .masked(.max, equals: 37))], reason: "fcntl"),
       ]
     case .console:
       [
@@ -164,7 +168,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 1, reason: "write"),
         SystemCallRule(number: 288, reason: "accept4"),
         SystemCallRule(
-          number: 72, conditions: [.init(argument: 1, test: .anyOf([3, 4]))], reason: "fcntl"),
+          number: 72, conditions: [.init(argument: 1, test: .anyOf([3, 4, 37]))], reason: "fcntl"),
         SystemCallRule(number: 233, reason: "epoll_ctl"),
         SystemCallRule(number: 3, reason: "close"),
         SystemCallRule(number: 293, reason: "pipe2"),

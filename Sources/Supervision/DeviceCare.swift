@@ -16,14 +16,31 @@ final class DeviceCare {
     case none
     /// A new one is due.
     case due(MonotonicTime)
-    /// The image is still in use by what the dead process left behind; asked again at the first time, until the second.
-    case fencing(MonotonicTime, until: MonotonicTime)
-    /// The new process is starting.
-    case starting(since: MonotonicTime)
+    /// The new process is starting, or its image is still in use by what the dead process left behind.
+    case succeeding(Succession)
     /// The core makes first contact with it.
     case reattaching(sequence: UInt32)
     /// By the operator's wish, or for good.
     case held, givenUp
+  }
+
+  /// How far a new process has come.
+  struct Succession: Equatable {
+    let since: MonotonicTime
+    /// It has said READY.
+    var isReady: Bool
+    /// While its image is not locked: when to try again, and until when.
+    var fence: (next: MonotonicTime, until: MonotonicTime)?
+
+    static func == (a: Succession, b: Succession) -> Bool { a.since == b.since && a.isReady == b.isReady }
+  }
+
+  /// A process that waits to take over: its place among the processes, the core's end of its connection, its image.
+  struct Spare {
+    let index: Int
+    let socket: FDBox
+    let image: FDBox?
+    var isReady = false
   }
 
   /// The image of a disk, and what it was.
@@ -39,8 +56,15 @@ final class DeviceCare {
   let policy: VMConfiguration.DeathPolicy
   let image: Image?
   private(set) var resources: [FDBox] = []
-  /// The core's end of the connection to a process that has not said READY.
+  /// The core's end of the connection to a process that has not taken over yet.
   var socket: FDBox?
+  /// The open file that such a process has as its image, until it is locked: the lock is the open file's, not ours.
+  var unlockedImage: FDBox?
+  var spare: Spare?
+  /// When a spare is to be started, where one is wanted.
+  var spareDue: MonotonicTime?
+  /// Spares that have died since one took over.
+  private var spareFailures = 0
   var step = Step.none
   var restartCount = 0
   /// Within the last minute.
@@ -54,7 +78,8 @@ final class DeviceCare {
   private static let firstDelay = Duration.milliseconds(50)
   private static let longestDelay = Duration.seconds(5)
   static let connectInterval = Duration.milliseconds(100)
-  static let fenceInterval = Duration.milliseconds(2)
+  static let fenceInterval = Duration.milliseconds(1)
+  private static let longestSpareDelay = Duration.seconds(60)
 
   init(
     _ id: String, _ kind: Kind, _ policy: VMConfiguration.DeathPolicy, image: Image?
@@ -91,12 +116,40 @@ final class DeviceCare {
     failureCount = 0
   }
 
+  /// The process that was to take over next does not come to that.
+  func dropSuccessor() {
+    socket?.close()
+    socket = nil
+    unlockedImage?.close()
+    unlockedImage = nil
+  }
+
+  /// A spare has died without use: the next one comes in a second, then in two, and so on.
+  func dropSpare(_ now: MonotonicTime) {
+    spare?.socket.close()
+    spare?.image?.close()
+    spare = nil
+    var delay = Duration.seconds(1)
+    for _ in 0..<min(spareFailures, 6) { delay = delay * 2 }
+    spareFailures += 1
+    spareDue = now.advanced(by: min(delay, Self.longestSpareDelay))
+  }
+
+  func spareIsUsed() {
+    spare = nil
+    spareFailures = 0
+  }
+
   /// When something has to be done or is late.
   func nextStep(ready: UInt32) -> MonotonicTime? {
     switch step {
-    case .due(let time), .fencing(let time, _): time
-    case .starting(let start): start.advanced(by: .milliseconds(ready))
-    case .none, .reattaching, .held, .givenUp: nil
+    case .due(let time): return time
+    case .succeeding(let succession):
+      let late = succession.isReady ? nil : succession.since.advanced(by: .milliseconds(ready))
+      guard let next = succession.fence?.next else { return late }
+      return late.map { min($0, next) } ?? next
+    case .none: return spareDue
+    case .reattaching, .held, .givenUp: return nil
     }
   }
 }

@@ -41,11 +41,10 @@ enum HostFiles {
     return fd
   }
 
-  /// The image of a disk whose process has died, opened anew, once nothing of that process is under way any more: the dead
-  /// ring's requests hold its open file, and with it the lock, until the last one has ended. Nil: not yet.
-  static func imageAfterDeath(
-    _ path: String, readOnly: Bool, isShared: Bool = false, disk: String, sameAs known: FileStatus
-  ) throws(SupervisionError) -> OwnedFD? {
+  /// The image of a disk opened anew for its next process, which may not use it before `claim` has succeeded.
+  static func imageAgain(
+    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus
+  ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd: OwnedFD
     do { fd = try OwnedFD.open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY) } catch {
@@ -56,13 +55,19 @@ enum HostFiles {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     try clearNonBlocking(fd)
-    if isShared { return fd }
-    let result = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
+    return fd
+  }
+
+  /// The fence: takes the lock on an image that was opened by `imageAgain`, for everybody who has this open file. It can be
+  /// had once nothing of the process before is under way any more: its requests hold its own open file, and with it the lock,
+  /// until the last one has ended. False: not yet.
+  static func claim(_ image: CInt, _ path: String, readOnly: Bool, disk: String) throws(SupervisionError) -> Bool {
+    let result = clinux_ofd_lock(image, CInt(readOnly ? F_RDLCK : F_WRLCK))
     switch -result {
-    case 0: return fd
-    case EAGAIN, EACCES: return nil
+    case 0: return true
+    case EAGAIN, EACCES: return false
     // A file system without locks: there is no fence to be had. The disk is not used again.
-    default: throw .file(what: what, path: path, Errno(-result))
+    default: throw .file(what: "image of disk \(disk)", path: path, Errno(-result))
     }
   }
 

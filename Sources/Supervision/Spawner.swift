@@ -77,10 +77,9 @@ final class Spawner {
     return (FDChild(child), received.count > 2 ? received[2] : nil)
   }
 
-  /// The image of `id`, locked; nil while its last process's writes are under way.
-  func image(_ id: String) throws(SupervisionError) -> FDBox? {
-    let (outcome, _, received) = try ask(.image, id)
-    guard outcome == .done else { return nil }
+  /// The image of `id`, opened anew; not locked.
+  func image(_ id: String) throws(SupervisionError) -> FDBox {
+    let (_, _, received) = try ask(.image, id)
     guard let image = received.first else { throw Self.lost }
     return image
   }
@@ -141,6 +140,7 @@ final class Spawner {
             throw unknown(id)
           }
           var launch = known.launch
+          launch.arguments.append(Supervisor.standbyArgument)
           launch.descriptors = [null.rawValue, null.rawValue, 2] + received.map(\.number)
           let child = try supervisor.start(launch, known.program, asSibling: true)
           descriptors = [try copy(child.process.fd), try copy(child.report)]
@@ -155,13 +155,7 @@ final class Spawner {
           supervisor.jailedNumbers[id] = number
         case .image:
           guard let image = supervisor.cares[id]?.image else { throw unknown(id) }
-          if let fd = try HostFiles.imageAfterDeath(
-            image.path, readOnly: image.readOnly, isShared: image.isShared, disk: id, sameAs: image.status)
-          {
-            descriptors = [FDBox(fd)]
-          } else {
-            outcome = .notYet
-          }
+          descriptors = [FDBox(try HostFiles.imageAgain(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status))]
         case .connect:
           if case .jailed? = supervisor.cares[id]?.kind, let number = supervisor.jailedNumbers[id] {
             if let socket = JailedDevice.connect(number) { descriptors = [socket] } else { outcome = .notYet }
@@ -201,14 +195,10 @@ final class Spawner {
 }
 
 extension Supervisor {
-  /// The image of a device whose process has died, opened anew; nil: not yet.
-  func openAgain(_ id: String, _ image: DeviceCare.Image) throws(SupervisionError) -> FDBox? {
+  /// The image of a device, opened anew for its next process; not locked.
+  func openAgain(_ id: String, _ image: DeviceCare.Image) throws(SupervisionError) -> FDBox {
     if let spawner { return try spawner.image(id) }
-    guard
-      let fd = try HostFiles.imageAfterDeath(
-        image.path, readOnly: image.readOnly, isShared: image.isShared, disk: id, sameAs: image.status)
-    else { return nil }
-    return FDBox(fd)
+    return FDBox(try HostFiles.imageAgain(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status))
   }
 
   /// A new connection to an external back end; nil: not yet.

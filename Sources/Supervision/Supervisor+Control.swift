@@ -137,6 +137,10 @@ extension Supervisor {
       members.append(.init("slot", .unsigned(UInt64(assignment.pciSlot))))
       let report = reports[assignment.id]
       members.append(.init("restarts", .unsigned(UInt64(cares[assignment.id]?.restartCount ?? 0))))
+      if let spare = cares[assignment.id]?.spare {
+        members.append(
+          .init("spare", .record(["pid": .unsigned(UInt64(processes[spare.index].processID)), "ready": .bool(spare.isReady)])))
+      }
       members.append(.init("events", journal.describeCounts(of: assignment.id)))
       members.append(.init("state", .string(report?.state.name ?? "waiting")))
       if let reason = report?.reason, !reason.isEmpty { members.append(.init("reason", .string(reason))) }

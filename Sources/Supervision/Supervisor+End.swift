@@ -28,6 +28,7 @@ extension Supervisor {
   /// The core is gone: with it the other ends of the device sockets, which is the devices' order to exit.
   func endDevices() {
     channel = nil
+    dropSpares()
     phase = .endingDevices(.now.advanced(by: Self.deviceGrace), signalled: false)
     if processes.allSatisfy({ !$0.isAlive }) { phase = .ended }
     endJailed()

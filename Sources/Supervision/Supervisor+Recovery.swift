@@ -25,10 +25,16 @@ extension Supervisor {
 
   /// A device process has ended. False: nothing is done about it, and the caller tells.
   func backEndDied(_ process: VMProcess, _ end: ProcessEnd) -> Bool {
+    if let care = care(ofSpare: process.id) {
+      say(.warning, "The spare \(process.program) of \(care.id) (pid \(process.processID)) \(end)")
+      care.dropSpare(.now)
+      return true
+    }
     guard let care = cares[process.id] else { return false }
+    if case .givenUp = care.step { return true }
     let what = "\(process.program) of \(process.id) (pid \(process.processID)) \(end)"
     noteLoss(care, what, ["pid": UInt64(process.processID)])
-    care.socket = nil
+    care.dropSuccessor()
     switch care.policy.action {
     case .fail: return false
     case .stopVM:
@@ -84,80 +90,12 @@ extension Supervisor {
     }
   }
 
-  private func giveUp(_ care: DeviceCare, _ why: String) {
+  func giveUp(_ care: DeviceCare, _ why: String) {
     care.step = .givenUp
+    care.dropSuccessor()
     note(.givenUp, care.id, why)
     say(.error, why)
     _ = channel?.send(.giveUp(id: care.id))
-  }
-
-  /// Does what is due. Failures concern one device and never the VM.
-  func restartDue(_ now: MonotonicTime) {
-    for care in cares.values {
-      switch care.step {
-      case .due(let time) where time <= now: begin(care, now, fenceUntil: now.advanced(by: .milliseconds(configuration.deadlines.fence)))
-      case .fencing(let time, let until) where time <= now: begin(care, now, fenceUntil: until)
-      case .starting(let start) where start.advanced(by: .milliseconds(configuration.deadlines.ready)) <= now:
-        say(.warning, "The new process of \(care.id) was not ready within \(configuration.deadlines.ready) ms and is killed")
-        care.step = .none
-        processes.first { $0.id == care.id }?.signal(9)
-      default: break
-      }
-    }
-  }
-
-  private func begin(_ care: DeviceCare, _ now: MonotonicTime, fenceUntil: MonotonicTime) {
-    do throws(SupervisionError) {
-      switch care.kind {
-      case .external(let path):
-        guard let socket = connectAgain(care.id, path) else {
-          care.step = .due(now.advanced(by: DeviceCare.connectInterval))
-          return
-        }
-        try reattach(care, socket)
-      case .jailed(let jailed):
-        guard let dead = processes.firstIndex(where: { $0.id == care.id }) else { return }
-        care.socket = try startJailed(jailed, null: -1, inPlaceOf: dead).ours
-        care.step = .starting(since: now)
-      case .program(let program, let arguments, let isOnTerminal):
-        var resources = care.resources
-        if let image = care.image {
-          guard let fd = try openAgain(care.id, image) else {
-            guard now < fenceUntil else {
-              return giveUp(
-                care, "Writes of the dead process of \(care.id) do not end; nothing is done again, and the device needs a reset")
-            }
-            care.step = .fencing(now.advanced(by: DeviceCare.fenceInterval), until: fenceUntil)
-            return
-          }
-          resources = [fd]
-        }
-        defer { if care.image != nil { for resource in resources { resource.close() } } }
-        guard let dead = processes.firstIndex(where: { $0.id == care.id }) else { return }
-        let pair = try Self.pair(.stream)
-        let null = spawner == nil ? try HostFiles.null().release() : -1
-        defer { if null >= 0 { close(null) } }
-        _ = try startBackEnd(
-          care.id, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, resources, null: null,
-          queueCount: reports[care.id]?.queues.count ?? 1, isOnTerminal: isOnTerminal, inPlaceOf: dead)
-        care.socket = FDBox(pair.first)
-        care.step = .starting(since: now)
-      }
-    } catch {
-      giveUp(care, "\(error.message ?? "It failed"); the device \(care.id) needs a reset")
-    }
-  }
-
-  /// The new process said READY.
-  func handOverSuccessor(_ id: String) throws(SupervisionError) {
-    guard let care = cares[id], let socket = care.socket else { return }
-    care.socket = nil
-    try reattach(care, socket)
-  }
-
-  private func reattach(_ care: DeviceCare, _ socket: FDBox) throws(SupervisionError) {
-    care.step = .reattaching(sequence: try send(.reattach(id: care.id), [socket.number]))
-    socket.close()
   }
 
   /// The core's answer to `reattach`; false when the answer is to something else.
@@ -169,6 +107,7 @@ extension Supervisor {
       care.succeeded()
       note(.restarted, care.id, "", ["gap_ns": UInt64(clamping: gap.nanoseconds), "restarts": UInt64(care.restartCount)])
       say(.info, "Device \(care.id) is served again, \(gap.nanoseconds / 1_000_000) ms after its back end was lost")
+      if care.policy.hasSpare, care.spare == nil, care.spareDue == nil { care.spareDue = .now }
     case .refused(let sentence):
       note(.startFailed, care.id, sentence)
       say(.warning, "The new back end of \(care.id) cannot be used: \(sentence)")

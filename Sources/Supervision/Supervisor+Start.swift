@@ -137,12 +137,15 @@ extension Supervisor {
   /// Starts a device program. Our copies of its resources are the caller's to close.
   /// - Parameters:
   ///   - null: /dev/null; -1 behind our walls, where the spawner has it.
-  ///   - dead: the process whose place it takes.
+  ///   - dead: the process whose place in the list it takes.
+  ///   - spareOf: the process beside which it waits, and whose id it has.
   func startBackEnd(
     _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
-    null: CInt, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil
+    null: CInt, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil, spareOf served: Int? = nil
   ) throws(SupervisionError) -> Int {
-    let threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
+    var threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
+    // They are counted by uid.
+    if cares[id]?.policy.hasSpare == true { threadLimit *= 2 }
     var ends: [CInt] = [-1, -1]
     // SAFETY: room for the two numbers that the call stores.
     let result = unsafe clinux_pipe(&ends, O_CLOEXEC | O_NONBLOCK)
@@ -162,12 +165,15 @@ extension Supervisor {
       resources.append(FDBox(pair.second))
       escapeLine = FDBox(pair.first)
     }
+    let isFirst = dead == nil && served == nil
+    if !isFirst { arguments.append(Self.standbyArgument) }
     let launch = ChildLaunch(
       arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
       descriptors: [null, null, 2, socket, writing.rawValue] + resources.map(\.number),
-      identity: dead.map { processes[$0].identity } ?? identities.next(), fileLimit: Self.deviceFileLimit,
+      identity: isFirst ? identities.next() : processes[served ?? dead ?? 0].identity, fileLimit: Self.deviceFileLimit,
       parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL, namespaces: walls.namespaces, threadLimit: threadLimit)
-    let index = try launchProcess(id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal, inPlaceOf: dead)
+    let index = try launchProcess(
+      id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal, inPlaceOf: dead, isSpare: served != nil)
     if let escapeLine {
       // The other end, which was made here.
       resources.last?.close()
@@ -177,21 +183,25 @@ extension Supervisor {
     return index
   }
 
+  /// Said to every process of a device but its first.
+  static let standbyArgument = "--standby"
+
   @discardableResult
   private func launchProcess(
     _ id: String, _ program: String, _ launch: ChildLaunch, readyPipe: consuming OwnedFD?, isOnTerminal: Bool,
-    inPlaceOf dead: Int? = nil
+    inPlaceOf dead: Int? = nil, isSpare: Bool = false
   ) throws(SupervisionError) -> Int {
     let child: StartedChild
     if let spawner {
       child = try spawner.start(id, Array(launch.descriptors.dropFirst(Spawner.ownDescriptors)))
     } else {
       child = try start(launch, program)
-      knownLaunches[id] = (program, launch)
+      if knownLaunches[id] == nil { knownLaunches[id] = (program, launch) }
     }
     return try enlist(
       VMProcess(
-        id: id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child, readyPipe: readyPipe,
+        id: isSpare ? Self.spareName(id) : id, program: program, identity: launch.identity, isOnTerminal: isOnTerminal, child: child,
+        readyPipe: readyPipe,
         startTime: .now), inPlaceOf: dead)
   }
 
@@ -237,7 +247,7 @@ extension Supervisor {
 
   /// A back end said READY: its socket goes to the core, and our copy is closed.
   func handOver(_ index: Int) throws(SupervisionError) {
-    guard let waiting = waitingSockets.removeValue(forKey: index) else { return try handOverSuccessor(processes[index].id) }
+    guard let waiting = waitingSockets.removeValue(forKey: index) else { return try successorIsReady(index) }
     guard phase == .starting else { return }
     try send(.device(waiting.assignment), [waiting.socket.number])
     waiting.socket.close()
@@ -251,6 +261,7 @@ extension Supervisor {
     phase = .running
     // Not before: the guest waits for its devices, and they wait for us.
     try raiseWalls()
+    startSpares(.now)
   }
 
   /// The guest has ended before everything was started: only its last words on the serial port still need somebody.

@@ -85,6 +85,8 @@ extension Supervisor {
     guard phase == .running, case .none = care.step, let process = processes.first(where: { $0.id == id && $0.isAlive }) else {
       return refuse(client, "The disk '\(id)' is not served at the moment; ask again")
     }
+    // It looks at the end of the image while it starts.
+    guard care.spare?.isReady ?? true else { return refuse(client, "A spare of the disk '\(id)' is being started; ask again") }
     if arguments.count == 2 {
       guard let size = Quantity.byteCount(arguments[1]), size >= 512, size % 512 == 0, size <= UInt64(Int64.max) else {
         return refuse(client, "The size '\(arguments[1])' is not a multiple of 512 bytes; write 10G, 512M, or bytes")
@@ -101,6 +103,7 @@ extension Supervisor {
       }
     }
     process.signal(SIGHUP)
+    processes.first { $0.id == Self.spareName(id) }?.signal(SIGHUP)
     reply(client, .record(["ok": .bool(true)]))
   }
 }

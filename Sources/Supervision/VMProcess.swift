@@ -10,8 +10,8 @@ final class VMProcess {
     case ended(ProcessEnd)
   }
 
-  /// The device's id, or `core`, or `serial`.
-  let id: String
+  /// The device's id, or `core`, or `serial`. Of a spare it has a mark behind it, until the spare takes over.
+  var id: String
   let program: String
   let identity: ChildIdentity?
   let processID: Int32

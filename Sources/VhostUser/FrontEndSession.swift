@@ -213,6 +213,10 @@ public struct FrontEndSession: ~Copyable {
     events = []
   }
 
+  /// The rings that the area of `FrontEndConfiguration.inflight` tells of are no more: the next ones begin with a new one. Only
+  /// while no rings run.
+  public mutating func forgetInflight() { inflight = nil }
+
   private mutating func begin(_ operation: Operation, _ now: MonotonicTime) {
     guard !hasFailed else { return }
     queue.append(operation)

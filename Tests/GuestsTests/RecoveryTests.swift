@@ -30,7 +30,7 @@ struct RecoveryTests {
   func disk(_ variant: String) throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=1000000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
+      "--cmdline", "test=blk op=write depth=16 n=400000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
       "ctl",
       "--serial", "file=serial.log",
     ])
@@ -46,7 +46,7 @@ struct RecoveryTests {
   @Test("The entropy device fills buffers, and goes on when its process is killed")
   func entropy() throws {
     let home = try WholeVM()
-    let vm = try home.start(["--cmdline", "test=rng n=100000", "--rng", "on", "--control", "ctl", "--serial", "file=serial.log"])
+    let vm = try home.start(["--cmdline", "test=rng n=400000", "--rng", "on", "--control", "ctl", "--serial", "file=serial.log"])
     try home.waitUntilRunning()
     #expect(try home.ctl("devices").output.contains("martlet-template"))
     for round in 0..<2 {

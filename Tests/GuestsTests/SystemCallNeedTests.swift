@@ -51,6 +51,8 @@ struct SystemCallNeedTests {
     "block rt_sigreturn": "an image cut off under its mapping; ServiceTests",
     "block ioctl 0x80081272": "BLKGETSIZE64: the disk is a block device that was resized",
     "block-calls rt_sigreturn": "as in block",
+    "block fcntl 0x25": "a disk whose process dies while its driver is at work; SpareTests",
+    "block-calls fcntl 0x25": "as in block",
     "block-calls ioctl 0x80081272": "as in block",
     "supervisor clock_gettime": "as in base",
     "supervisor mmap": "the allocator, for a large answer",

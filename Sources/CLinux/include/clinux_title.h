@@ -6,6 +6,9 @@
 // must not be read afterwards. Returns how many bytes of the title fitted.
 int clinux_set_title(const char *title);
 
+// The first half alone: a store to memory, no system call.
+int clinux_change_title(const char *title);
+
 // The program's arguments as the kernel laid them out; NULL from argc on. Not to be read after a title was set. Swift's own
 // list comes from /proc/self/cmdline, which a process in an empty root does not have.
 const char *clinux_argument(int index);
