@@ -24,8 +24,14 @@ struct DeviceGuess: Sendable {
     let bits = Set(device.bits)
     let hasMTU = offer.protocolFeatures.contains(.netMTU) || offer.protocolFeatures.contains(.rarp)
     if hasMTU { return DeviceGuess(device: .net, reason: "guessed: it offers protocol features of network cards") }
-    if offer.protocolFeatures.contains(.cryptoSession) {
+    if offer.protocolFeatures.contains(.cryptoSession), bits.isSubset(of: [0, 1, 2, 3, 4]) {
       return DeviceGuess(device: .crypto, reason: "guessed: it offers crypto sessions")
+    }
+    // Before disks: a console's emergency write has the bit of their SEG_MAX, but a disk then says how many, after byte 12.
+    if let space = offer.configuration, space.count >= 12, !bits.isEmpty, bits.isSubset(of: [0, 1, 2]),
+      space.dropFirst(12).allSatisfy({ $0 == 0 })
+    {
+      return DeviceGuess(device: .console, reason: "guessed: feature bits and a short configuration")
     }
     let blockBits: Set = [1, 2, 4, 5, 6, 9, 10, 11, 12, 13, 14, 15, 16, 17]
     if !bits.isEmpty, bits.isSubset(of: blockBits), bits.contains(9) || bits.contains(6) || bits.contains(2),
@@ -45,9 +51,6 @@ struct DeviceGuess: Sendable {
       let padding = space.prefix(36).dropFirst(tag.count)
       if tag.count >= 1, tag.allSatisfy({ $0 >= 0x20 && $0 < 0x7F }), padding.allSatisfy({ $0 == 0 }), bits.subtracting([0]).isEmpty {
         return DeviceGuess(device: .fileSystem, reason: "guessed: the configuration begins with a tag")
-      }
-      if !bits.isEmpty, bits.isSubset(of: [0, 1, 2]), space.dropFirst(12).allSatisfy({ $0 == 0 }) {
-        return DeviceGuess(device: .console, reason: "guessed: feature bits and a short configuration")
       }
     }
     return DeviceGuess(device: nil, reason: "not recognised; say it with --type")

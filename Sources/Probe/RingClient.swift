@@ -16,10 +16,10 @@ final class RingClient {
   /// Rings before it that the device wants to be there too.
   private var others: [RingBox] = []
   /// Where request and answer lie; used again by every request.
-  private let readable: GuestAddress
-  private let writable: GuestAddress
-  private let tables: GuestAddress
-  private let patience: Duration
+  let readable: GuestAddress
+  let writable: GuestAddress
+  let tables: GuestAddress
+  let patience: Duration
 
   static let bufferByteCount = 2 << 20
 
@@ -82,6 +82,11 @@ final class RingClient {
     for box in others { try link.start(box.ring) }
     try link.start(ring, base: base)
     try link.ready()
+  }
+
+  /// Does something with each of the rings before this one.
+  func eachOther(_ body: (RingClient, borrowing ProbeRing) throws(ProbeError) -> Void) throws(ProbeError) {
+    for box in others { try body(self, box.ring) }
   }
 
   /// An answer as it lies in memory.

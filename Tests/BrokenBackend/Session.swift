@@ -10,9 +10,23 @@ import VirtioSpec
 struct Disk {
   var bytes = [UInt8](repeating: 0x11, count: 8 << 20)
   var staleBase: UInt32?
+  var writeback: UInt8 = 1
 }
 
 struct Closed: Error {}
+
+/// A region that the front end shares, and its file.
+final class Shared {
+  let description: RegionDescription
+  let region: MemoryRegion
+  let file: OwnedFD
+
+  init(_ description: RegionDescription, _ region: MemoryRegion, _ file: consuming OwnedFD) {
+    self.description = description
+    self.region = region
+    self.file = file
+  }
+}
 
 /// One ring as the front end described it.
 final class Ring {
@@ -27,6 +41,8 @@ final class Ring {
   var isStarted = false
   var done: UInt32 = 0
   var wasKicked = false
+  /// For translations of its own place.
+  var isWaiting = false
 }
 
 /// One front end, from its connection to its end.
@@ -37,7 +53,7 @@ final class Session {
   private let number: Int
   private(set) var protocolFeatures: ProtocolFeatures = []
   private(set) var features: FeatureSet = []
-  private var regions: [(description: RegionDescription, region: MemoryRegion)] = []
+  private var regions: [Shared] = []
   private var memory: GuestMemory?
   let rings: [Ring]
   private var status: UInt64 = 0
@@ -48,13 +64,19 @@ final class Session {
   private var chain = DescriptorChain(capacity: 2048)
   private var inbox: [UInt8] = []
   private var inboxFDs: [CInt] = []
+  /// For requests of our own.
+  private var channel: OwnedFD?
+  /// With ACCESS_PLATFORM: pages of the front end's that we have been told of.
+  var translation = Translation()
+  /// Control messages of a console that wait for a buffer.
+  var announcements: [[UInt8]] = []
 
   init(_ socket: consuming OwnedFD, _ device: DeviceID, _ disk: Disk, _ number: Int) {
     self.socket = socket
     self.device = device
     self.disk = disk
     self.number = number
-    rings = (0..<4).map { _ in Ring() }
+    rings = (0..<(device == .console ? 6 : 4)).map { _ in Ring() }
   }
 
   // MARK: What is offered
@@ -71,9 +93,8 @@ final class Session {
     }
     if device == .net { features.insert([.netMAC, .netChecksum, .netHostTSO4, .netStatus, .netMultipleQueues, .netControlQueue, .netMTU]) }
     if device == .net, has("dependencies") { features.remove(.netChecksum) }
-    if device == .console { features.insert(.consoleSize) }
-    if has("console-ports") { features.insert(.consoleMultiplePorts) }
-    if has("iotlb-refused") { features.insert(.accessPlatform) }
+    if device == .console { features.insert([.consoleSize, .consoleMultiplePorts]) }
+    features.insert(.accessPlatform)
     if has("no-version1") { features.remove(.version1) }
     if has("features-change"), number % 2 == 0 { features.remove(.indirectDescriptors) }
     return features
@@ -85,9 +106,8 @@ final class Session {
       .backEndSendsFD,
     ]
     if device == .net { features.formUnion([.rarp, .netMTU]) }
-    features.formUnion([.crossEndian, .pageFault, .sharedObject, .sharedMemory])
+    features.formUnion([.crossEndian, .pageFault, .sharedObject, .sharedMemory, .inbandNotifications, .cryptoSession])
     if has("protocol-dependency") {
-      features.insert(.inbandNotifications)
       features.remove(.backEndRequests)
     }
     return features
@@ -103,6 +123,7 @@ final class Session {
       config.segmentMax = has("seg-max-zero") ? 0 : 62
       config.blockSize = has("blk-size-odd") ? 1000 : 512
       config.queueCount = has("queues-zero") ? 0 : 4
+      config.writeback = disk.writeback
       config.maxDiscardSectors = has("discard-zero") ? 0 : 1024
       config.maxDiscardSegments = 1
       config.discardSectorAlignment = 1
@@ -303,11 +324,12 @@ final class Session {
       return true
     case .setProtocolFeatures(let wanted):
       if has("protocol-none"), wanted.isEmpty { throw Closed() }
+      if has("needs-ack"), !wanted.isEmpty, !wanted.contains(.replyAck) { throw Closed() }
       if has("protocol-abort"), !wanted.isSubset(of: offeredProtocol) { abort() }
       guard wanted.isSubset(of: offeredProtocol) else { throw Closed() }
       protocolFeatures = wanted
     case .getQueueNum:
-      reply(request, number(has("queue-count-zero") ? 0 : 4))
+      reply(request, number(has("queue-count-zero") ? 0 : has("port-queues") ? 4 : UInt64(rings.count)))
       return true
     case .getMaxMemSlots:
       reply(request, number(has("slots-zero") ? 0 : 16))
@@ -316,15 +338,15 @@ final class Session {
       if has("regions"), table.regions.count > 4 { throw Refused(why: "regions") }
       if has("replace"), memory != nil { throw Refused(why: "a second table") }
       if has("replace-running"), rings.contains(where: \.isStarted) { throw Refused(why: "a table while running") }
-      var fresh: [(RegionDescription, MemoryRegion)] = []
-      for region in table.regions { fresh.append((region, try map(region, &fds))) }
+      var fresh: [Shared] = []
+      for region in table.regions { fresh.append(try map(region, &fds)) }
       regions = fresh
       try remap()
     case .addMemReg(let single):
       guard regions.count < 16 else { throw Refused(why: "too many regions") }
       let region = try map(single.region, &fds)
       guard !regions.contains(where: { $0.description.overlaps(single.region) }) else { throw Refused(why: "overlap") }
-      if !has("add-ignored") { regions.append((single.region, region)) }
+      if !has("add-ignored") { regions.append(region) }
       try remap()
     case .remMemReg(let single):
       guard let position = regions.firstIndex(where: { $0.description.isSameRegion(as: single.region) }) else {
@@ -344,14 +366,15 @@ final class Session {
       ring.size = state.number
     case .setVringBase(let state):
       let ring = try ring(state.index)
-      ring.base = state.number
+      if !has("base-zero-late") || ring.address == nil { ring.base = state.number } else { throw Refused(why: "the place is known") }
       if has("stale") { disk.staleBase = state.number }
     case .setVringAddr(let address):
       let ring = try ring(address.index)
       guard !ring.isStarted || ring.address.map({ $0.descriptorTable == address.descriptorTable }) == true else {
         throw Refused(why: "the place of a running ring")
       }
-      _ = try configuration(ring, address)
+      // Places that are to be translated are looked at when their pages are known.
+      if !features.contains(.accessPlatform) || has("iotlb-deaf") { _ = try configuration(ring, address) }
       ring.address = address
     case .setVringKick(let event):
       let ring = try ring(UInt32(event.index))
@@ -364,11 +387,13 @@ final class Session {
     case .setVringCall(let event):
       let ring = try ring(UInt32(event.index))
       if has("call-early"), ring.size == 0 { throw Closed() }
-      if has("call-old"), ring.isStarted { break }
+      if has("call-old") || has("call-late-lost"), ring.isStarted { break }
       if has("leak-calls"), let old = ring.call.take() { leaked.append(old.release()) }
       ring.call = fds.takeFirst()
     case .setVringErr(let event): _ = try ring(UInt32(event.index))
-    case .setVringEnable(let state): try ring(state.index).isEnabled = state.number == 1 || has("enable-ignored")
+    case .setVringEnable(let state):
+      let ring = try ring(state.index)
+      if !has("enable-early-lost") || ring.isStarted { ring.isEnabled = state.number == 1 || has("enable-ignored") }
     case .getVringBase(let state):
       let ring = try ring(state.index)
       let base = stop(ring)
@@ -386,7 +411,8 @@ final class Session {
         disk.staleBase = 0xC0FF
         break
       }
-      guard config.offset == 32, config.bytes.count == 1 else { throw Refused(why: "not writable") }
+      guard config.offset == 32, config.bytes.count == 1, device == .block else { throw Refused(why: "not writable") }
+      if !has("write-cache-stuck") { disk.writeback = config.bytes[0] & 1 }
     case .getInflightFD(let wanted):
       let one = UInt64(InflightRegion.byteCount(size: wanted.queueSize, packed: features.contains(.packedRing)))
       let size = has("inflight-small") ? 64 : UInt64(wanted.queueCount) * one
@@ -421,18 +447,46 @@ final class Session {
     case .getStatus:
       reply(request, number(status))
       return true
-    case .setBackEndRequestFD: if has("channel-refused") { throw Refused(why: "no channel") }
-    case .setDeviceStateFD:
-      let fd: OwnedFD? = fds.takeFirst()
-      if has("state-endless"), let fd { leaked.append(dup(fd.rawValue)) }
+    case .setBackEndRequestFD:
+      if has("channel-refused") { throw Refused(why: "no channel") }
+      channel = fds.takeFirst()
+    case .setLogFD: if has("log-fd-refused") { throw Refused(why: "no eventfd for the log") }
+    case .vringKick(let state):
+      let ring = try ring(state.index)
+      if !has("inband-deaf") { ring.wasKicked = true }
+    case .gpuSetSocket:
+      guard device == .gpu, !has("gpu-refused") else { throw Closed() }
+    case .createCryptoSession(let bytes):
+      let session: UInt64 = has("crypto-invented") ? 3 : .max
+      reply(request, Array(bytes.dropLast(8)) + number(session))
+      return true
+    case .postcopyListen: if has("listen-refused") { throw Refused(why: "nothing to listen to") }
+    case .setDeviceStateFD(let transfer):
+      guard let fd = fds.takeFirst() else { throw Closed() }
+      if has("state-endless") { leaked.append(dup(fd.rawValue)) }
+      stateCode = 0
+      if transfer.direction == .load {
+        loading = consume fd
+      } else {
+        try fd.writeAll(Self.state)
+      }
       reply(request, number(0x100))
       return true
     case .checkDeviceState:
-      reply(request, number(0))
+      if let fd = loading.take() { stateCode = try fd.readToEnd(limit: 4096) == Self.state && !has("state-lost") ? 0 : 1 }
+      reply(request, number(stateCode))
       return true
     case .sendRARP, .netSetMTU:
       if has(request == 19 ? "rarp-refused" : "mtu-refused") { throw Refused(why: "not today") }
-    case .iotlb: if has("iotlb-refused") { throw Refused(why: "no entry") }
+    case .iotlb(let entry):
+      // Answered whether or not it is asked to be; a number of its own.
+      if has("iotlb-refused") {
+        reply(request, number(22))
+        return true
+      }
+      try translate(entry)
+      reply(request, number(0))
+      return true
     case .setVringEndian(let state):
       _ = try ring(state.index)
       if has("endian-refused") { throw Refused(why: "no endianness") }
@@ -455,19 +509,24 @@ final class Session {
     return false
   }
 
+  /// What a stopped device would take elsewhere.
+  private static let state = Array("state of a broken back end".utf8)
+  private var loading: OwnedFD?
+  private var stateCode: UInt64 = 0
   private var hasOwner = false
   private var featureQuestions = 0
 
   // MARK: Memory and rings
 
-  private func map(_ region: RegionDescription, _ fds: inout ReceivedFDs) throws -> MemoryRegion {
+  private func map(_ region: RegionDescription, _ fds: inout ReceivedFDs) throws -> Shared {
     guard let fd = fds.takeFirst() else { throw Refused(why: "no descriptor") }
     var guest = region.guestAddress
     if has("high") { guest &= 0xFFFF_FFFF }
     do {
-      return try MemoryRegion.mapping(
+      let mapped = try MemoryRegion.mapping(
         fd, guestAddress: GuestAddress(guest), byteCount: region.size, frontEndAddress: region.userAddress, fileOffset: region.mapOffset,
         allowUnsealed: true)
+      return Shared(region, mapped, fd)
     } catch { throw Refused(why: "\(error)") }
   }
 
@@ -484,10 +543,13 @@ final class Session {
   }
 
   private func configuration(_ ring: Ring, _ address: VringAddress) throws -> VirtqueueConfiguration {
-    guard let memory, ring.size > 0, ring.size <= 32768,
-      let descriptors = memory.guestAddress(ofFrontEnd: address.descriptorTable, byteCount: 1),
-      let driver = memory.guestAddress(ofFrontEnd: address.availableRing, byteCount: 1),
-      let device = memory.guestAddress(ofFrontEnd: address.usedRing, byteCount: 1)
+    let isTranslated = features.contains(.accessPlatform)
+    guard let memory = present, ring.size > 0, ring.size <= 32768,
+      let descriptors = isTranslated
+        ? GuestAddress(address.descriptorTable) : memory.guestAddress(ofFrontEnd: address.descriptorTable, byteCount: 1),
+      let driver = isTranslated
+        ? GuestAddress(address.availableRing) : memory.guestAddress(ofFrontEnd: address.availableRing, byteCount: 1),
+      let device = isTranslated ? GuestAddress(address.usedRing) : memory.guestAddress(ofFrontEnd: address.usedRing, byteCount: 1)
     else { throw Refused(why: "the ring is not in memory") }
     var features = self.features
     if has("no-indirect") { features.remove(.indirectDescriptors) }
@@ -504,19 +566,62 @@ final class Session {
     return configuration
   }
 
+  /// With ACCESS_PLATFORM a ring whose pages are not known yet starts when they are.
   private func start(_ ring: Ring) throws {
-    guard let memory, let address = ring.address else { throw Refused(why: "the ring is not described") }
+    if features.contains(.accessPlatform), !has("iotlb-deaf"), let address = ring.address {
+      let missing = translation.missing(ring: address, size: ring.size)
+      ring.isWaiting = !missing.isEmpty
+      for page in missing { miss(page) }
+      if ring.isWaiting { return }
+    }
+    guard let memory = present, let address = ring.address else { throw Refused(why: "the ring is not described") }
     let configuration = try configuration(ring, address)
     do { ring.queue = try Virtqueue(configuration, memory: memory, inflight: inflightRegion(ring)) } catch {
       throw Refused(why: "\(error)")
     }
     ring.isStarted = true
     ring.wasKicked = !has("start-waits")
+    if features.contains(.accessPlatform) { ring.wasKicked = true }
     if has("start-skips"), !configuration.isPacked {
       // Pretends that what lies there is done.
       var lost = DescriptorChain(capacity: 64)
       while case .chain = ring.queue?.next(&lost) {}
     }
+  }
+
+  /// What addresses in the ring mean: guest memory, or the pages we know.
+  private var present: GuestMemory? { features.contains(.accessPlatform) && !has("iotlb-deaf") ? translation.memory : memory }
+
+  /// An entry is there, or gone.
+  private func translate(_ entry: IOTLBMessage) throws {
+    switch entry.kind {
+    case .update:
+      guard let place = memory?.guestAddress(ofFrontEnd: entry.userAddress, byteCount: entry.size),
+        let shared = regions.first(where: { place.rawValue &- $0.description.guestAddress < $0.description.size })
+      else { throw Refused(why: "no memory behind that") }
+      let offset = shared.description.mapOffset + place.rawValue - shared.description.guestAddress
+      try translation.add(entry, shared.file, offset: offset)
+    case .invalidate: if !has("iotlb-stale") { try translation.remove(entry) }
+    default: throw Refused(why: "no entry")
+    }
+    guard let pages = translation.memory else { return }
+    for ring in rings {
+      if ring.isWaiting { try start(ring) } else { try? ring.queue?.replaceMemory(pages) }
+      ring.wasKicked = true
+    }
+  }
+
+  /// Asks the front end for a page.
+  private func miss(_ page: UInt64) {
+    guard translation.asks(page) else { return }
+    ask(.iotlb(IOTLBMessage(iova: page, size: Translation.pageSize, userAddress: 0, permission: 3, kind: .miss)))
+  }
+
+  /// Says something on our own channel.
+  func ask(_ message: BackEndMessage) {
+    guard let number = channel?.rawValue else { return }
+    let bytes = message.header().encoded + message.payload
+    _ = bytes.withUnsafeBytes { write(number, $0.baseAddress, $0.count) }
   }
 
   private func stop(_ ring: Ring) -> UInt32 {
@@ -529,6 +634,7 @@ final class Session {
     if has("stop-runs") { return base }
     ring.queue = nil
     ring.isStarted = false
+    ring.isWaiting = false
     ring.kick = nil
     ring.call = nil
     ring.base = base
@@ -542,6 +648,11 @@ final class Session {
     ring.wasKicked = false
     guard let index = rings.firstIndex(where: { $0 === ring }) else { return }
     if has("last-queue"), index == rings.count - 1 { return }
+    if has("queues-one"), rings.firstIndex(where: \.isStarted) != index { return }
+    if device == .console, features.contains(.consoleMultiplePorts), index == 2 || index == 4 {
+      if index == 2 { announce(ring) }
+      return
+    }
     if device != .block, device != .entropy, index == 0 {
       guard has("receive-uses"), case .chain? = ring.queue?.next(&chain) else { return }
       ring.queue?.complete(chain.token, written: 3 + (device == .console ? 1000 : 0))
@@ -553,6 +664,11 @@ final class Session {
     var turns = 0
     while turns < 100_000 {
       turns += 1
+      if features.contains(.accessPlatform), let queue = ring.queue?.base.rawValue, let address = ring.address {
+        let missing = translation.missing(next: UInt16(truncatingIfNeeded: queue), of: address, size: UInt16(ring.size))
+        for page in missing { miss(page) }
+        if !missing.isEmpty { return }
+      }
       let outcome = ring.queue?.next(&chain) ?? .empty
       switch outcome {
       case .chain:
@@ -564,10 +680,8 @@ final class Session {
         ring.queue?.complete(token, written: written)
         let wantsCall = ring.queue?.publish() ?? false
         if let inflight { spoil(inflight.mapping, inflight.area, index, head) }
-        if wantsCall, !has("no-call"), let number = ring.call?.rawValue {
-          var one: UInt64 = 1
-          _ = write(number, &one, 8)
-        }
+        if wantsCall { call(ring, index) }
+        if device == .console, index == 3, features.contains(.consoleMultiplePorts) { announce(rings[2]) }
       case .empty:
         if ring.queue?.enableKicks() != true { return }
       case .broken:
@@ -580,12 +694,43 @@ final class Session {
     }
   }
 
+  private func call(_ ring: Ring, _ index: Int) {
+    if has("no-call") { return }
+    if let number = ring.call?.rawValue {
+      var one: UInt64 = 1
+      _ = write(number, &one, 8)
+    } else if protocolFeatures.contains(.inbandNotifications), !has("inband-mute") {
+      ask(.vringCall(VringState(index: UInt32(index), number: 0)))
+    }
+  }
+
+  /// Gives the driver the control messages that wait, as far as there are buffers.
+  private func announce(_ ring: Ring) {
+    guard ring.isStarted, ring.isEnabled else { return }
+    while let message = announcements.first, case .chain? = ring.queue?.next(&chain) {
+      announcements.removeFirst()
+      let count = message.withUnsafeBytes { chain.put($0) }
+      ring.queue?.complete(chain.token, written: UInt32(count))
+      if ring.queue?.publish() == true { call(ring, 2) }
+    }
+    _ = ring.queue?.enableKicks()
+  }
+
   /// What is wrong with the record, if anything is.
   private func spoil(_ mapping: MemoryMapping, _ area: InflightDescription, _ index: Int, _ head: UInt16) {
     guard index < Int(area.queueCount) else { return }
     let start = Int(area.mapOffset) + Int(area.size) / Int(area.queueCount) * index
     if has("inflight-marks") { mapping.baseAddress.storeBytes(of: 1, toByteOffset: start + 16, as: UInt8.self) }
     if has("inflight-version") { mapping.baseAddress.storeBytes(of: 2, toByteOffset: start + 8, as: UInt16.self) }
+    if features.contains(.packedRing) {
+      if has("inflight-place") { mapping.baseAddress.storeBytes(of: 9, toByteOffset: start + 18, as: UInt16.self) }
+      if has("inflight-list") { mapping.baseAddress.storeBytes(of: 0, toByteOffset: start + 34, as: UInt16.self) }
+      if has("inflight-copies") {
+        for entry in 1...64 { mapping.baseAddress.storeBytes(of: 0, toByteOffset: start + 32 * entry + 24, as: UInt64.self) }
+      }
+      return
+    }
+    if has("inflight-head") { mapping.baseAddress.storeBytes(of: 63, toByteOffset: start + 12, as: UInt16.self) }
     if has("inflight-counter") { mapping.baseAddress.storeBytes(of: 7, toByteOffset: start + 24 + 16 * Int(head), as: UInt64.self) }
   }
 
@@ -599,8 +744,6 @@ final class Session {
   }
 
   private func serve(_ index: Int) -> UInt32 {
-    guard let memory else { return 0 }
-    _ = memory
     let answer: [UInt8]
     if has("framing"), chain.readable.count + chain.writable.count > 3 || chain.readable.count > 2 { return 0 }
     var readable = [UInt8](repeating: 0, count: chain.readableByteCount)
@@ -613,7 +756,10 @@ final class Session {
       if has("rng-abort"), !readable.isEmpty { abort() }
       if has("rng-empty") { return 0 }
       answer = (0..<chain.writableByteCount).map { has("rng-same") ? UInt8(truncatingIfNeeded: $0) : .random(in: 0...255) }
-    default: return transmit(readable)
+    case .console where index == 3 && features.contains(.consoleMultiplePorts):
+      control(readable)
+      return 0
+    default: return transmit(readable, index)
     }
     let count = answer.withUnsafeBytes { chain.put($0) }
     touch()
@@ -621,7 +767,8 @@ final class Session {
     return UInt32(count)
   }
 
-  private func transmit(_ readable: [UInt8]) -> UInt32 {
+  private func transmit(_ readable: [UInt8], _ index: Int) -> UInt32 {
+    if has("port-transmit"), index == 5 { return UInt32(readable.count) }
     if has("transmit-length") { return UInt32(readable.count) }
     if has("transmit-abort"), readable.isEmpty || readable.count < 26 || readable.first == 0xFF {
       if device == .net || readable.isEmpty { abort() }

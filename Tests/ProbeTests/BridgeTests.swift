@@ -195,12 +195,12 @@ struct FileFormatTests {
   @Test("A recording is refused when a line is no message")
   func recordings() throws {
     let good =
-      "martlet-recording 1\nconnection 1\n5 f 010000000100000000000000\n9 b 01000000050000000800000000000000000000ff event,memory:4096\n"
+      "martlet-recording 2\nconnection 1\n5 f 010000000100000000000000\n9 b 01000000050000000800000000000000000000ff event,memory:4096\n10 q 020000000100000000000000\n11 a 02000000050000000800000000000000000000ff\n"
     let recording = try Recording(good, name: "x")
     #expect(recording.connections.count == 1)
     #expect(recording.connections.first?.map(\.text) == good.split(separator: "\n").dropFirst(2).map(String.init))
     for bad in [
-      "", "martlet-recording 2\n", "martlet-recording 1\n", "martlet-recording 1\n5 f 010000000100000000000000\n",
+      "", "martlet-recording 3\n", "martlet-recording 1\n", "martlet-recording 1\n5 f 010000000100000000000000\n",
       "martlet-recording 1\nconnection 1\n5 x 010000000100000000000000\n", "martlet-recording 1\nconnection 1\n5 f 01\n",
       "martlet-recording 1\nconnection 1\n5 f 01000000010000000800000000\n",
       "martlet-recording 1\nconnection 1\n5 f 010000000100000000000000 memory:x\n",
@@ -270,6 +270,32 @@ struct BridgeTests {
     let other = try #require(try run(programs + "/martlet-probe", again + ["no-version1"]))
     #expect(other.code == 1)
     #expect(other.output.contains("GET_FEATURES"))
+  }
+
+  @Test("What the back end asks on its own channel is passed on, decoded, recorded, and answered in a replay")
+  func channel() throws {
+    let place = try scratch()
+    defer { try? FileManager.default.removeItem(atPath: place) }
+    let recorder = try start(
+      programs + "/martlet-probe",
+      [
+        "record", "--listen", place + "/r", "--output", place + "/talk", "--log", place + "/log", "--", programs + "/broken-backend",
+        "{socket}", "block",
+      ])
+    #expect(waitFor(place + "/r"))
+    let asking = ["check", "--type", "blk", "--only", "iotlb.translation", "--socket", place + "/r"]
+    #expect(try run(programs + "/martlet-probe", asking)?.code == 0)
+    recorder.terminate()
+    recorder.waitUntilExit()
+    let log = try String(contentsOfFile: place + "/log", encoding: .utf8)
+    for part in ["SET_BACKEND_REQ_FD (wants a reply)  [socket]", "< channel: BACKEND_IOTLB_MSG: 0x", "IOTLB_MSG (wants a reply): 0x"] {
+      #expect(log.contains(part), "The log has no \(part)")
+    }
+    #expect(try String(contentsOfFile: place + "/talk", encoding: .utf8).contains(" q 01000000"))
+    let again = try #require(
+      try run(programs + "/martlet-probe", ["replay", "--input", place + "/talk", "--", programs + "/broken-backend", "{socket}", "block"]))
+    #expect(again.code == 0, "\(again.output)")
+    #expect(again.output.contains("requests on the back end's own channel"), "\(again.output)")
   }
 
   @Test(

@@ -79,12 +79,20 @@ struct FrameRing: ~Copyable, @unchecked Sendable {
     return unsafe [UInt8](UnsafeRawBufferPointer(start: frame(slot), count: count))
   }
 
-  /// Puts a frame, with a header that says nothing, into a slot that is not available.
-  func fill(_ slot: Int, _ bytes: [UInt8]) {
-    precondition(slot < slotCount && bytes.count <= byteCount - Self.headerByteCount, "A frame lies within its buffer")
+  /// The header that the device wrote before a frame.
+  func headerBytes(_ slot: Int) -> [UInt8] {
+    precondition(slot < slotCount, "A frame lies within its buffer")
+    // SAFETY: every buffer begins with a header.
+    return unsafe [UInt8](UnsafeRawBufferPointer(start: frame(slot) - Self.headerByteCount, count: Self.headerByteCount))
+  }
+
+  /// Puts a frame, by default with a header that says nothing, into a slot that is not available.
+  func fill(_ slot: Int, _ bytes: [UInt8], header: [UInt8] = [UInt8](repeating: 0, count: Self.headerByteCount)) {
+    precondition(
+      slot < slotCount && bytes.count <= byteCount - Self.headerByteCount && header.count == Self.headerByteCount,
+      "A frame lies within its buffer")
     // SAFETY: checked just now.
-    unsafe UnsafeMutableRawBufferPointer(start: frame(slot) - Self.headerByteCount, count: Self.headerByteCount).initializeMemory(
-      as: UInt8.self, repeating: 0)
+    unsafe UnsafeMutableRawBufferPointer(start: frame(slot) - Self.headerByteCount, count: Self.headerByteCount).copyBytes(from: header)
     unsafe UnsafeMutableRawBufferPointer(start: frame(slot), count: bytes.count).copyBytes(from: bytes)
   }
 

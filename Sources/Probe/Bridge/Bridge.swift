@@ -9,7 +9,8 @@ extension Verb {
       any number of connections: qemu-img, nbdinfo, nbdcopy and fio's nbd engine can then use the back end.
 
       A network card: the tool plays the guest. Frames from the card go to the tap and into the --pcap-out file; frames from the
-      tap and from the --pcap-in file go to the card. --pcap-out holds both directions. A pcap-in file ends the run, --linger
+      tap and from the --pcap-in file go to the card. With a tap, checksums and the cutting of large segments are left to card and
+      tap as far as the card offers it. --pcap-out holds both directions. A pcap-in file ends the run, --linger
       after the last frame; otherwise Ctrl-C or --runtime does.
       """,
     options: [
@@ -18,6 +19,7 @@ extension Verb {
       OptionRow("read-only", nil, "let nobody write"),
       OptionRow("once", nil, "end when the last client has left"),
       OptionRow("tap", "NAME", "the tap interface to join a network card to"),
+      OptionRow("no-offload", nil, "agree to no checksum and no segmentation offload with the card"),
       OptionRow("pcap-in", "PATH", "frames to send to a network card"),
       OptionRow("pcap-out", "PATH", "where to put all frames"),
       OptionRow("topspeed", nil, "send as fast as possible, not as captured"),
@@ -27,7 +29,7 @@ extension Verb {
     run: { options throws(ProbeError) in try run(options) })
 
   private static func run(_ options: Options) throws(ProbeError) -> Outcome {
-    let cardOptions = ["tap", "pcap-in", "pcap-out", "topspeed", "linger", "runtime"].filter { options.has($0) }
+    let cardOptions = ["tap", "no-offload", "pcap-in", "pcap-out", "topspeed", "linger", "runtime"].filter { options.has($0) }
     let isDisk = options.has("nbd")
     if isDisk, let name = cardOptions.first { throw .badOption(name, why: "is for network cards, and --nbd is for disks") }
     if !isDisk, let name = ["export", "read-only", "once"].first(where: { options.has($0) }) {
@@ -56,7 +58,12 @@ extension Verb {
     }
     target = try Target(options)
     defer { target.close() }
-    let bridge = try NetBridge(target, tap: options.text("tap"), capture: options.text("pcap-out"))
+    let bridge = try NetBridge(
+      target, tap: options.text("tap"), capture: options.text("pcap-out"), mayOffload: !options.has("no-offload"))
+    if options.has("tap") {
+      let names = bridge.offloads.names(for: .net)
+      Output.error("martlet probe: offloads agreed on: \(names.isEmpty ? "none" : names.joined(separator: " "))")
+    }
     try bridge.run(interruption, frames: frames, pace: !options.has("topspeed"), limit: limit, linger: linger)
     Output.error(
       "martlet probe: \(bridge.sentCount) frames to the card, \(bridge.receivedCount) from it, \(bridge.droppedCount) dropped")

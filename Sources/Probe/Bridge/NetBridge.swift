@@ -10,8 +10,11 @@ import VirtioSpec
 /// stands in a capture file goes to the card.
 final class NetBridge {
   private static let ringSize: UInt16 = 256
-  /// Frames up to this long are taken and sent.
-  private static let frameByteCount = 16384 - FrameRing.headerByteCount
+  private static let emptyHeader = [UInt8](repeating: 0, count: FrameRing.headerByteCount)
+  /// Frames up to this long are taken and sent: whole segments of TCP where card and tap leave cutting them to each other.
+  private let frameByteCount: Int
+  /// What was agreed on of checksums and segmentation; headers then mean something.
+  let offloads: FeatureSet
 
   private var link: Link
   private var receive: FrameRing
@@ -24,20 +27,44 @@ final class NetBridge {
   private final class Tap {
     let device: TapDevice
     init(_ device: consuming TapDevice) { self.device = device }
+
+    /// The tap hands over what the card does itself.
+    func leave(_ offloads: FeatureSet) throws(ProbeError) {
+      var flags: TapDevice.Offloads = []
+      if offloads.contains(.netChecksum) { flags.insert(.checksum) }
+      if offloads.contains(.netHostTSO4) { flags.insert(.tso4) }
+      if offloads.contains(.netHostTSO6) { flags.insert(.tso6) }
+      try wrapping { () throws(SystemError) in try device.setOffloads(flags) }
+    }
   }
 
-  private var buffer = [UInt8](repeating: 0, count: 16384)
+  /// What can be agreed on of what the card offers: segmentation only with the checksum it needs.
+  private static func offloads(_ offered: FeatureSet) -> FeatureSet {
+    var offloads: FeatureSet = []
+    if offered.contains(.netChecksum) { offloads.formUnion(offered.intersection([.netChecksum, .netHostTSO4, .netHostTSO6])) }
+    if offered.contains(.netGuestChecksum) {
+      offloads.formUnion(offered.intersection([.netGuestChecksum, .netGuestTSO4, .netGuestTSO6]))
+    }
+    return offloads
+  }
+
+  private var buffer: [UInt8]
   private(set) var sentCount = 0
   private(set) var receivedCount = 0
   private(set) var droppedCount = 0
 
-  init(_ target: Target, tap: String?, capture: String?) throws(ProbeError) {
+  /// - Parameter mayOffload: whether checksums and large segments may be left to card and tap; only a tap can do with them.
+  init(_ target: Target, tap: String?, capture: String?, mayOffload: Bool) throws(ProbeError) {
     var link = try Link(target)
     do throws(ProbeError) { try link.negotiate() } catch { throw target.explaining(error) }
-    let features = link.offer.features.intersection([.version1, .eventIndex])
+    let offloads = tap != nil && mayOffload ? Self.offloads(link.offer.features) : []
+    self.offloads = offloads
+    frameByteCount = (offloads.isEmpty ? 16384 : 65600) - FrameRing.headerByteCount
+    buffer = [UInt8](repeating: 0, count: frameByteCount + FrameRing.headerByteCount)
+    let features = link.offer.features.intersection([.version1, .eventIndex]).union(offloads)
     try link.accept(features)
     let ringBytes = VirtqueueConfiguration.contiguousByteCount(size: Self.ringSize, features: features) + 8192
-    let buffers = 2 * Int(Self.ringSize) * (Self.frameByteCount + 128)
+    let buffers = 2 * Int(Self.ringSize) * (frameByteCount + 128)
     let arena = try Arena(byteCount: UInt64(2 * ringBytes + buffers + (1 << 20)))
     let first = try ProbeRing(0, size: Self.ringSize, features: features, arena: arena)
     let second = try ProbeRing(1, size: Self.ringSize, features: features, arena: arena)
@@ -47,12 +74,13 @@ final class NetBridge {
     try link.ready()
     if let name = tap {
       do throws(TapError) { self.tap = Tap(try TapDevice.open(name)) } catch { throw .unsuitable("\(error)") }
+      try self.tap?.leave(offloads)
     } else {
       self.tap = nil
     }
     captured = try capture.map { path throws(ProbeError) in try OutputFile(path, PcapFile.header) }
-    receive = try .make(first, slotCount: Int(Self.ringSize), frameByteCount: Self.frameByteCount, isReceiving: true)
-    transmit = try .make(second, slotCount: Int(Self.ringSize), frameByteCount: Self.frameByteCount, isReceiving: false)
+    receive = try .make(first, slotCount: Int(Self.ringSize), frameByteCount: frameByteCount, isReceiving: true)
+    transmit = try .make(second, slotCount: Int(Self.ringSize), frameByteCount: frameByteCount, isReceiving: false)
     freeSlots = Array(0..<Int(Self.ringSize))
     self.link = link
     self.target = target
@@ -131,10 +159,10 @@ final class NetBridge {
       switch receive.take() {
       case .slot(let slot, let byteCount):
         count += 1
-        if byteCount > 0, byteCount <= Self.frameByteCount {
+        if byteCount > 0, byteCount <= frameByteCount {
           let bytes = receive.frameBytes(slot, byteCount)
           receivedCount += 1
-          writeTap(bytes)
+          writeTap(bytes, header: offloads.contains(.netGuestChecksum) ? receive.headerBytes(slot) : Self.emptyHeader)
           capture(bytes)
         } else {
           droppedCount += 1
@@ -160,12 +188,12 @@ final class NetBridge {
   }
 
   /// False for a frame that is too long.
-  private func send(_ frame: [UInt8]) -> Bool {
-    guard frame.count <= Self.frameByteCount, frame.count >= 14, let slot = freeSlots.popLast() else {
+  private func send(_ frame: [UInt8], header: [UInt8] = emptyHeader) -> Bool {
+    guard frame.count <= frameByteCount, frame.count >= 14, let slot = freeSlots.popLast() else {
       droppedCount += 1
       return false
     }
-    transmit.fill(slot, frame)
+    transmit.fill(slot, frame, header: header)
     guard transmit.give(slot, frameByteCount: frame.count) else {
       freeSlots.append(slot)
       droppedCount += 1
@@ -184,15 +212,15 @@ final class NetBridge {
         break
       }
       let frame = Array(buffer[12..<count])
-      if send(frame) { capture(frame) }
+      if send(frame, header: offloads.contains(.netChecksum) ? Array(buffer[..<12]) : Self.emptyHeader) { capture(frame) }
     }
     _ = transmit.publish()
   }
 
-  private func writeTap(_ frame: [UInt8]) {
+  private func writeTap(_ frame: [UInt8], header: [UInt8]) {
     guard let tap else { return }
-    // No offload was agreed to, so the header says nothing.
-    let bytes = [UInt8](repeating: 0, count: 12) + frame
+    // The kernel judges the header; what it does not like it refuses.
+    let bytes = header + frame
     // SAFETY: the array is not changed during the call.
     if case .bytes = unsafe bytes.withUnsafeBytes({ unsafe tap.device.fd.write($0) }) { return }
     droppedCount += 1

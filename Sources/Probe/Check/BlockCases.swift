@@ -36,6 +36,20 @@ enum BlockCases {
       try context.needs(.blockConfigWriteCache)
       try context.expect(context.offer.features.contains(.blockFlush), "FLUSH is missing")
     },
+    block("blk.write-cache", "With CONFIG_WCE the write cache is switched off and on again", "virtio 1.4, 5.2.5") { context in
+      try context.needs(.blockConfigWriteCache)
+      try context.needs(.config)
+      var link = try context.negotiated()
+      try link.accept(context.offer.features.intersection([.version1, .blockConfigWriteCache, .blockFlush]))
+      guard let space = try link.configuration(byteCount: BlockConfiguration.commonByteCount) else { return }
+      let before = BlockConfiguration(decoding: space).writeback
+      for value in [1 - min(before, 1), before] {
+        try link.send(.setConfig(ConfigMessage(offset: 32, bytes: [value])))
+        guard let space = try link.configuration(byteCount: BlockConfiguration.commonByteCount) else { return }
+        let now = BlockConfiguration(decoding: space).writeback
+        try context.expect(now == value, "writeback is \(now) after \(value) was written")
+      }
+    },
     block("blk.discard-limits", "DISCARD is offered only with limits that are not zero", "virtio 1.4, 5.2.5") { context in
       try context.needs(.blockDiscard)
       try context.expect(

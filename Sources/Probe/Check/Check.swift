@@ -35,7 +35,9 @@ extension Verb {
 
 /// A run over the cases.
 package struct Check {
-  static let all = ProtocolCases.all + RingCases.all + BlockCases.all + OtherCases.all + SpecialCases.all
+  static let all =
+    ProtocolCases.all + SessionCases.all + RingCases.all + InflightCases.all + TranslationCases.all + SpecialCases.all + BlockCases.all
+    + OtherCases.all + ConsolePortCases.all
 
   private let target: Target
   private let options: Options

@@ -5,9 +5,9 @@ import VhostUser
 import VirtioQueue
 import VirtioSpec
 
-/// Messages that few back ends offer, and the inflight area byte by byte.
+/// Messages that few back ends offer, and configuration by device.
 enum SpecialCases {
-  static let all: [CheckCase] = messages + inflight + configuration
+  static let all: [CheckCase] = messages + configuration
 
   private static let messages: [CheckCase] = [
     CheckCase("rarp.accepted", "SEND_RARP is done", "vhost-user, SEND_RARP") { context in
@@ -21,19 +21,6 @@ enum SpecialCases {
       try link.accept(context.offer.features.intersection([.version1, .netMTU]))
       try link.send(.netSetMTU(1500))
     },
-    CheckCase("iotlb.update", "With ACCESS_PLATFORM an IOTLB entry is taken and can be taken back", "vhost-user, IOTLB") { context in
-      try context.needs(.backEndRequests)
-      try context.needs(.accessPlatform)
-      var link = try context.negotiated(Link.wanted.union(.backEndRequests))
-      let pair = try UnixSocket.pair(.stream)
-      try pair.split { (_, theirs) throws in try link.send(.setBackEndRequestFD, descriptors: [theirs.rawValue]) }
-      try link.accept(context.offer.features.intersection([.version1, .accessPlatform]))
-      let arena = try Arena(byteCount: 1 << 20)
-      try link.share(arena)
-      for kind in [IOTLBMessage.Kind.update, .invalidate] {
-        try link.send(.iotlb(IOTLBMessage(iova: 0, size: 1 << 20, userAddress: Arena.userBase, permission: 3, kind: kind)))
-      }
-    },
     CheckCase("endian.little", "SET_VRING_ENDIAN to little-endian is done", "vhost-user, SET_VRING_ENDIAN") { context in
       try context.needs(.crossEndian)
       var link = try context.negotiated(Link.wanted.union(.crossEndian))
@@ -44,6 +31,53 @@ enum SpecialCases {
       try context.needs(.pageFault)
       var link = try context.negotiated(Link.wanted.union(.pageFault))
       _ = try link.ask(.postcopyAdvise)
+    },
+    CheckCase("postcopy.listen", "POSTCOPY_LISTEN after POSTCOPY_ADVISE is done", "vhost-user, POSTCOPY_LISTEN") { context in
+      try context.needs(.pageFault)
+      var link = try context.negotiated(Link.wanted.union(.pageFault))
+      _ = try link.ask(.postcopyAdvise)
+      try link.send(.postcopyListen)
+      _ = try link.number(.postcopyEnd)
+    },
+    CheckCase("log.fd", "SET_LOG_FD with an eventfd is done", "vhost-user, SET_LOG_FD") { context in
+      try context.needs(.vhostLogAll)
+      var link = try context.negotiated()
+      let event = try EventFD()
+      try link.send(.setLogFD, descriptors: [event.fd.rawValue])
+    },
+    CheckCase(
+      "inband.ring", "With INBAND_NOTIFICATIONS a ring without descriptors is kicked and called by messages",
+      "vhost-user, VRING_KICK, BACKEND_VRING_CALL"
+    ) { context in
+      try context.needs([.inbandNotifications, .backEndRequests, .replyAck])
+      try inband(context)
+    },
+    CheckCase(
+      "crypto.unknown", "A session of no known kind is not created", "vhost-user, CREATE_CRYPTO_SESSION"
+    ) { context in
+      try context.needs(.cryptoSession)
+      var link = try context.negotiated(Link.wanted.union(.cryptoSession))
+      let nonsense = [UInt8](repeating: 0xFF, count: 608)
+      do throws(ProbeError) {
+        try link.tell(.createCryptoSession(nonsense))
+        guard let answer = try link.hear() else { throw .notVhostUser("no answer and no end of the connection") }
+        // The session's number is the last thing in it; a negative one is none.
+        let number = Int64(bitPattern: answer.payload.suffix(8).number(at: 0, 8))
+        if number >= 0 { throw .notVhostUser("session \(number) was created: \(answer.payload.hexText())") }
+      } catch {
+        guard case .protocolError(_, .closed) = error else { throw error }
+      }
+    },
+    CheckCase("gpu.socket", "GPU_SET_SOCKET is done by a display adapter", "vhost-user, GPU_SET_SOCKET") { context in
+      guard context.device == .gpu else { throw CaseStop.notApplicable("the device is no gpu") }
+      var link = try context.negotiated()
+      let pair = try UnixSocket.pair(.stream)
+      try pair.split { (_, theirs) throws in try link.send(.gpuSetSocket, descriptors: [theirs.rawValue]) }
+    },
+    CheckCase("device-state.load", "The state that a device gave is taken back", "vhost-user, device state") { context in
+      try context.needs(.deviceState)
+      guard let state = try transfer(context, .save, []) else { throw CaseStop.fail("the end of the saved state did not come") }
+      _ = try transfer(context, .load, state)
     },
     CheckCase("postcopy.end", "POSTCOPY_END is answered with 0", "vhost-user, POSTCOPY_END") { context in
       try context.needs(.pageFault)
@@ -78,121 +112,73 @@ enum SpecialCases {
     },
   ]
 
-  // MARK: The inflight area
-
-  /// A client whose ring has an area, and where that ring's part of it is.
-  private struct Tracked {
-    let client: RingClient
-    let map: MemoryMapping
-    let start: Int
-    let byteCount: Int
-
-    func header() -> [UInt8] { map.bytes(start..<start + 16) }
-    func entry(_ index: Int) -> [UInt8] { map.bytes(start + 16 + 16 * index..<start + 32 + 16 * index) }
+  /// Kick and call as messages.
+  private static func inband(_ context: CheckContext) throws {
+    let client = try context.client(
+      RingClient.Setup(starts: false, protocolFeatures: Link.wanted.union([.inbandNotifications, .backEndRequests])))
+    let index = UInt32(client.ring.index)
+    let nothing = VringEvent(index: UInt8(index), carriesDescriptor: false)
+    let pair = try UnixSocket.pair(.stream)
+    try pair.split { ours, theirs throws in
+      try client.link.send(.setBackEndRequestFD, descriptors: [theirs.rawValue])
+      try client.startOthers()
+      try client.link.describe(client.ring)
+      try client.link.send(.setVringCall(nothing))
+      try client.link.send(.setVringKick(nothing))
+      try client.link.enable(Int(index), true)
+      try client.link.ready()
+      _ = client.ring.queue.enableCalls()
+      _ = try client.offerPing(kick: false)
+      try client.link.send(.vringKick(VringState(index: index, number: 0)))
+      guard try client.takeUsed() != nil else { throw CaseStop.fail("a kick by message had no effect") }
+      guard try ours.waitUntil(.readable, timeout: min(context.target.timeout, .seconds(2))) else {
+        throw CaseStop.fail("no call came on the back end's channel")
+      }
+      var bytes = [UInt8](repeating: 0, count: 64)
+      // SAFETY: the buffer is ours.
+      guard case .bytes(let count) = unsafe bytes.withUnsafeMutableBytes({ unsafe ours.read(into: $0) }) else {
+        throw CaseStop.fail("the back end closed its channel")
+      }
+      let call = Array(bytes[..<count])
+      try context.expect(
+        count >= 20 && call.number(at: 0, 4) == BackEndRequest.vringCall.rawValue && call.number(at: 12, 4) == index,
+        "the call is \(call.hexText())")
+    }
   }
 
-  /// - Parameter starts: otherwise the area and the ring are as a predecessor left them, and the ring is not started.
-  private static func tracked(_ context: CheckContext, starts: Bool = true) throws -> Tracked {
-    try context.needs(.inflightShmFD)
-    let client = try context.client(RingClient.Setup(starts: false))
-    let index = UInt16(client.ring.index)
-    try client.link.send(.setVringNum(VringState(index: UInt32(index), number: 64)))
-    var answered = try client.link.perform(.getInflightFD(InflightDescription(queueCount: index + 1, queueSize: 64)))
-    guard case .inflight(let area) = answered.reply, let fd = answered.descriptors.takeFirst() else {
-      throw CaseStop.fail("no area was given")
+  /// The device's state to its end or from its beginning; nil when saving does not come to an end.
+  private static func transfer(_ context: CheckContext, _ direction: DeviceStateTransfer.Direction, _ state: [UInt8]) throws -> [UInt8]? {
+    var link = try context.negotiated()
+    let pair = try UnixSocket.pair(.stream)
+    return try pair.split { ours, theirs throws in
+      var answered = try link.perform(.setDeviceStateFD(DeviceStateTransfer(direction: direction)), descriptors: [theirs.rawValue])
+      guard case .number(let flags) = answered.reply, flags & 0xFF == 0 else { throw CaseStop.fail("the transfer was refused") }
+      // What is held open here would keep the end from being seen.
+      _ = theirs.release().closing()
+      let own = flags & 0x100 == 0 ? answered.descriptors.takeFirst() : nil
+      var saved: [UInt8]? = []
+      if let own {
+        saved = try carry(own, direction, state, context)
+        _ = own.release().closing()
+        _ = ours.release().closing()
+      } else {
+        saved = try carry(ours, direction, state, context)
+        _ = ours.release().closing()
+      }
+      guard saved != nil else { return nil }
+      let code = try link.number(.checkDeviceState)
+      try context.expect(code == 0, "CHECK_DEVICE_STATE reports \(code)")
+      return saved
     }
-    let stride = Int(area.size) / Int(index + 1)
-    guard stride >= 16 + 16 * 64, area.size < 1 << 30, area.mapOffset < 1 << 30 else {
-      throw CaseStop.fail("an area of \(area.size) bytes does not hold 64 entries of 16 bytes and a header")
-    }
-    let map = try MemoryMapping.shared(fd, offset: 0, byteCount: Int(area.mapOffset + area.size))
-    let start = Int(area.mapOffset) + stride * Int(index)
-    var second: UInt16 = 0
-    if !starts {
-      // Two requests, of which the second was done.
-      let first = try client.offerPing(kick: false)
-      second = try client.offerPing(kick: false)
-      try context.expect(first == 0, "the probe's first chain is \(first)")
-      let used = client.ring.queue.configuration.device.rawValue
-      guard client.arena.memory.store(UInt32(second), at: GuestAddress(used + 4)),
-        client.arena.memory.store(UInt16(1), at: GuestAddress(used + 2))
-      else { throw CaseStop.fail("the probe lost its ring") }
-      leaveBehind(map, start, second: second)
-      guard try client.takeUsed()?.head == second else { throw CaseStop.fail("the probe does not see its own used ring") }
-    }
-    try client.link.send(.setInflightFD(area), descriptors: [fd.rawValue])
-    if starts { try client.start() }
-    return Tracked(client: client, map: map, start: start, byteCount: stride)
   }
 
-  /// The area as a back end leaves it that took two chains, gave back the second, and died with chain 0 in hand.
-  private static func leaveBehind(_ map: MemoryMapping, _ start: Int, second: UInt16) {
-    func store(_ value: UInt64, _ count: Int, _ offset: Int) {
-      // SAFETY: the caller checked that the area holds the header and 64 entries.
-      for index in 0..<count {
-        unsafe map.baseAddress.storeBytes(
-          of: UInt8(truncatingIfNeeded: value >> UInt64(8 * index)), toByteOffset: start + offset + index, as: UInt8.self)
-      }
-    }
-    store(1, 2, 8)
-    store(64, 2, 10)
-    store(UInt64(second), 2, 12)
-    store(1, 2, 14)
-    store(1, 1, 16)
-    store(1, 8, 24)
-    store(2, 8, 24 + 16 * Int(second))
+  private static func carry(
+    _ fd: borrowing OwnedFD, _ direction: DeviceStateTransfer.Direction, _ state: [UInt8], _ context: CheckContext
+  ) throws -> [UInt8]? {
+    if direction == .save { return try fd.readToEndWaiting(limit: 16 << 20, patience: context.target.timeout) }
+    try fd.writeAll(state)
+    return []
   }
-
-  private static let inflight: [CheckCase] = [
-    CheckCase(
-      "inflight.header", "The area's header has version 1, the ring's size, and the used index after every request",
-      "vhost-user, inflight I/O tracking"
-    ) { context in
-      let tracked = try tracked(context)
-      for count in 1...3 {
-        try tracked.client.ping()
-        // The last step of a completion may come after its publication.
-        usleep(5_000)
-        let header = tracked.header()
-        try context.expect(header.number(at: 8, 2) == 1, "version \(header.number(at: 8, 2)) instead of 1: \(header.hexText())")
-        try context.expect(header.number(at: 10, 2) == 64, "\(header.number(at: 10, 2)) entries instead of 64: \(header.hexText())")
-        try context.expect(
-          header.number(at: 14, 2) == count, "used_idx is \(header.number(at: 14, 2)) after \(count) requests: \(header.hexText())")
-      }
-    },
-    CheckCase(
-      "inflight.counters", "Each request taken gets a counter greater than the one before", "vhost-user, inflight I/O tracking"
-    ) { context in
-      let tracked = try tracked(context)
-      var last: UInt64 = 0
-      for turn in 1...3 {
-        let head = try tracked.client.offerPing()
-        guard try tracked.client.takeUsed() != nil else { throw CaseStop.fail("request \(turn) was not completed") }
-        usleep(5_000)
-        let entry = tracked.entry(Int(head))
-        let counter = entry.number(at: 8, 8)
-        try context.expect(
-          turn == 1 || counter > last, "request \(turn) has counter \(counter), the one before \(last): \(entry.hexText())")
-        last = counter
-      }
-    },
-    CheckCase(
-      "inflight.resubmits", "A request that a predecessor had taken and not completed is done again, and once",
-      "vhost-user, inflight I/O tracking"
-    ) { context in
-      let tracked = try tracked(context, starts: false)
-      let client = tracked.client
-      // The base is the used index, as front ends that know no better give it.
-      try client.start(base: 1)
-      client.ring.kick.signal()
-      guard let used = try client.takeUsed() else { throw CaseStop.fail("the request was not completed") }
-      try context.expect(used.head == 0, "chain \(used.head) was completed instead of 0")
-      try context.expect(try client.takeUsed(within: .milliseconds(50)) == nil, "it was completed twice")
-      usleep(5_000)
-      try context.expect(tracked.entry(0)[0] == 0, "its entry is still marked: \(tracked.entry(0).hexText())")
-      try client.ping()
-    },
-  ]
 
   // MARK: Configuration by device
 
@@ -237,12 +223,4 @@ enum SpecialCases {
       try context.expect(space.number(at: 36, 4) >= 1, "num_request_queues is 0")
     },
   ]
-}
-
-extension RingClient {
-  /// Makes the small request available; its head.
-  func offerPing(kick: Bool = true) throws -> UInt16 {
-    guard let ping = Self.ping(device) else { throw CaseStop.notApplicable("the probe knows no request for this device") }
-    return try offer(ping.request, answerByteCount: ping.answerByteCount, kick: kick)
-  }
 }

@@ -171,7 +171,9 @@ final class FaultContext {
     let problem = serve()
     target.collect()
     if target.crashes.count > crashes {
-      let end = target.crashes[crashes]
+      // One for a single front end ends after each: the first of these may be the end of the process before.
+      let ends = target.crashes[crashes...]
+      let end = ends.first { if case .killed = $0 { true } else { false } } ?? target.crashes[crashes]
       if case .killed = end { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
       // It ended by itself: in order if another one, just started, serves.
       // The one that is going may still take a connection or two with it.

@@ -29,6 +29,46 @@ enum MessageText {
     return "\(request.name) answered: \(words)"
   }
 
+  /// What the back end asks on its own channel.
+  static func channelRequest(_ header: MessageHeader, _ payload: [UInt8]) -> String {
+    guard let request = BackEndRequest(rawValue: header.request) else { return "request \(header.request): \(payload.hexText())" }
+    let wish = header.flags.contains(.needReply) ? " (wants a reply)" : ""
+    guard let message = try? BackEndMessage(request: request, payload: payload) else {
+      return "\(request.name)\(wish): cannot be decoded: \(payload.hexText())"
+    }
+    let words: String =
+      switch message {
+      case .iotlb(let entry): iotlb(entry)
+      case .configChange: ""
+      case .vringHostNotifier(let area):
+        "ring \(area.event.index)" + (area.event.carriesDescriptor ? ", \(area.size) bytes at \(hex(area.offset))" : ", taken back")
+      case .vringCall(let state), .vringErr(let state): "ring \(state.index)"
+      case .sharedObjectAdd, .sharedObjectRemove, .sharedObjectLookup: message.payload.hexText()
+      case .shmemMap(let range), .shmemUnmap(let range):
+        "region \(range.id), \(range.length) bytes at \(hex(range.offset)), of the file from \(hex(range.fileOffset))"
+      }
+    return request.name + wish + (words.isEmpty ? "" : ": " + words)
+  }
+
+  /// What the front end answers there.
+  static func channelAnswer(_ header: MessageHeader, _ payload: [UInt8]) -> String {
+    guard let request = BackEndRequest(rawValue: header.request) else { return "request \(header.request) answered: \(payload.hexText())" }
+    let value = payload.number(at: 0, 8)
+    let words = payload.count != 8 ? payload.hexText() : value == 0 ? "done" : "refused with \(value)"
+    return "\(request.name) answered: \(words)"
+  }
+
+  private static func iotlb(_ entry: IOTLBMessage) -> String {
+    let right = ["no access", "read", "write", "read and write"][Int(entry.permission & 3)]
+    let size = entry.size > 0 ? ", \(entry.size) bytes" : ""
+    return switch entry.kind {
+    case .miss: "\(hex(entry.iova)) is not known, wanted for \(right)"
+    case .update: "\(hex(entry.iova))\(size) lies at user address \(hex(entry.userAddress)), \(right)"
+    case .invalidate: "\(hex(entry.iova))\(size) is taken back"
+    case .accessFail: "\(hex(entry.iova)) may not be accessed"
+    }
+  }
+
   private static func describe(
     _ request: FrontEndRequest, _ expected: ReplyPayload, _ payload: [UInt8], _ value: UInt64, _ device: DeviceID?
   ) -> String {
@@ -81,6 +121,8 @@ enum MessageText {
     case .setInflightFD(let area): "\(area.size) bytes at \(hex(area.mapOffset)), \(area.queueCount) queues of \(area.queueSize)"
     case .setLogBase(let log): "\(log.size) bytes at \(hex(log.mapOffset))"
     case .setStatus(let status): hex(status)
+    case .iotlb(let entry): iotlb(entry)
+    case .vringKick(let state): "ring \(state.index)"
     case .sendRARP(let address):
       "for \((0..<6).map { UInt8(truncatingIfNeeded: address >> UInt64(8 * $0)).hexText }.joined(separator: ":"))"
     case .netSetMTU(let mtu): "\(mtu)"

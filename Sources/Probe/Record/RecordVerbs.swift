@@ -7,7 +7,7 @@ extension Verb {
     notes: """
       The front end connects to --listen, and every connection of its is joined to a new one to the back end; descriptors are
       passed on. Where the log goes to standard output, it is readable as it grows. The back end's own channel, once it is
-      passed, is not recorded. --output writes a file for replay.
+      passed, goes through here as well. --output writes a file for replay.
       """,
     options: [
       OptionRow("listen", "PATH", "where the front end connects"),
@@ -33,7 +33,8 @@ extension Verb {
     name: "replay", summary: "says the front end's half of a recording to a back end and compares the answers",
     notes: """
       Descriptors are of the same kinds and sizes as they were, and empty: memory without requests, eventfds, sockets. Where a ring
-      stands is therefore not compared; everything else is. An answer that differs or is missing is a finding.
+      stands is therefore not compared; everything else is. An answer that differs or is missing is a finding. What the back end
+      asks on its own channel is answered as it was then, and not compared: it depends on what happens meanwhile.
       """,
     options: [
       OptionRow("input", "PATH", "the recording"),
@@ -51,6 +52,7 @@ extension Verb {
       for difference in replayer.differences { Output.line(difference) }
       Output.line(
         "\(replayer.sentCount) messages sent, \(replayer.replyCount) answers, \(replayer.differences.count) differ or are missing"
+          + (replayer.channelCount > 0 ? "; \(replayer.channelCount) requests on the back end's own channel" : "")
           + (interruption.happened ? "; interrupted" : ""))
       return replayer.differences.isEmpty ? .passed : .findings
     })

@@ -14,6 +14,8 @@ final class Recorder {
   private let file: OutputFile?
   private let log: OutputFile?
   private var begin: MonotonicTime?
+  /// The back end's own channel of the present connection: the front end's end, and ours of the one the back end has.
+  private var channel: (frontEnd: OwnedFDBox, backEnd: OwnedFDBox)?
   private(set) var messageCount = 0
   private(set) var connectionCount = 0
 
@@ -57,23 +59,27 @@ final class Recorder {
 
   /// One conversation to its end.
   private func pass(_ frontEnd: borrowing OwnedFD, _ backEnd: borrowing OwnedFD, _ interruption: Interruption) throws(ProbeError) {
+    channel = nil
+    defer { channel = nil }
     // Ends when either side hangs up; every turn waits.
     while !interruption.isRequested {
       var entries = [
-        pollfd(fd: interruption.descriptor, events: Int16(POLLIN), revents: 0),
-        pollfd(fd: frontEnd.rawValue, events: Int16(POLLIN), revents: 0),
-        pollfd(fd: backEnd.rawValue, events: Int16(POLLIN), revents: 0),
-      ]
+        interruption.descriptor, frontEnd.rawValue, backEnd.rawValue, channel?.backEnd.fd.rawValue ?? -1,
+        channel?.frontEnd.fd.rawValue ?? -1,
+      ].map { pollfd(fd: $0, events: Int16(POLLIN), revents: 0) }
       // SAFETY: the array is ours and has so many entries.
       _ = unsafe entries.withUnsafeMutableBufferPointer { unsafe poll($0.baseAddress, nfds_t($0.count), 1000) }
-      let end: String?
-      if entries[1].revents != 0 {
-        end = relay(frontEnd, backEnd, .frontEnd)
-      } else if entries[2].revents != 0 {
-        end = relay(backEnd, frontEnd, .backEnd)
-      } else {
-        end = nil
+      // What passes on the channel belongs to what the back end does before it answers.
+      if let sides = channel {
+        var end = entries[3].revents != 0 ? relay(sides.backEnd.fd, sides.frontEnd.fd, .channelRequest) : nil
+        if end == nil, entries[4].revents != 0 { end = relay(sides.frontEnd.fd, sides.backEnd.fd, .channelAnswer) }
+        if let end {
+          write(nil, "on the back end's own channel: \(end)")
+          channel = nil
+        }
       }
+      var end = entries[2].revents != 0 ? relay(backEnd, frontEnd, .backEnd) : nil
+      if end == nil, entries[1].revents != 0 { end = relay(frontEnd, backEnd, .frontEnd) }
       if let end {
         write(nil, end)
         return
@@ -83,7 +89,8 @@ final class Recorder {
 
   /// Passes one message on; why there are no more of them, if so.
   private func relay(_ from: borrowing OwnedFD, _ to: borrowing OwnedFD, _ side: Recording.Side) -> String? {
-    let name = side == .frontEnd ? "the front end" : "the back end"
+    let isFrontEnd = side == .frontEnd || side == .channelAnswer
+    let name = isFrontEnd ? "the front end" : "the back end"
     var bytes: [UInt8] = []
     var descriptors: [OwnedFDBox] = []
     var wanted = MessageHeader.byteCount
@@ -109,12 +116,24 @@ final class Recorder {
     }
     guard let header = try? MessageHeader(decoding: bytes.prefix(MessageHeader.byteCount)) else { return "\(name) sends no message" }
     note(header, Array(bytes.dropFirst(MessageHeader.byteCount)), descriptors, side)
+    if side == .frontEnd, header.request == FrontEndRequest.setBackEndRequestFD.rawValue, descriptors.count == 1,
+      let pair = try? UnixSocket.pair(.stream)
+    {
+      // The back end gets a channel to us, and we have the front end's.
+      let own = descriptors[0]
+      descriptors = [
+        pair.split { ours, theirs in
+          channel = (frontEnd: own, backEnd: OwnedFDBox(ours))
+          return OwnedFDBox(theirs)
+        }
+      ]
+    }
     var sent = 0
     // Bounded: every turn sends some.
     while sent < bytes.count {
       let numbers = sent == 0 ? descriptors.map { $0.fd.rawValue } : []
       guard case .bytes(let count) = UnixSocket.send(to, Array(bytes[sent...]), descriptors: numbers) else {
-        return "\(side == .frontEnd ? "the back end" : "the front end") hung up"
+        return "\(isFrontEnd ? "the back end" : "the front end") hung up"
       }
       sent += count
     }
@@ -133,9 +152,13 @@ final class Recorder {
     let attachments = descriptors.map { Recording.Attachment($0.fd) }
     let time = UInt64(clamping: begin.map { MonotonicTime.now.since($0).nanoseconds } ?? 0)
     let line = Recording.Line(nanoseconds: time, side: side, header: header, payload: payload, attachments: attachments)
-    let arrow = side == .frontEnd ? ">" : "<"
-    let words =
-      side == .frontEnd ? MessageText.request(header, payload, device: device) : MessageText.reply(header, payload, device: device)
+    let (arrow, words) =
+      switch side {
+      case .frontEnd: (">", MessageText.request(header, payload, device: device))
+      case .backEnd: ("<", MessageText.reply(header, payload, device: device))
+      case .channelRequest: ("< channel:", MessageText.channelRequest(header, payload))
+      case .channelAnswer: ("> channel:", MessageText.channelAnswer(header, payload))
+      }
     let carried = attachments.isEmpty ? "" : "  [" + attachments.map(\.text).joined(separator: ", ") + "]"
     write(line.text, "\(decimal(Double(time) / 1e9, 6).leftPadded(to: 12)) \(arrow) \(words)\(carried)")
   }

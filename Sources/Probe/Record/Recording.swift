@@ -7,6 +7,9 @@ package struct Recording {
   package enum Side: Character {
     case frontEnd = "f"
     case backEnd = "b"
+    /// On the back end's own channel: what it asks, and what the front end answers.
+    case channelRequest = "q"
+    case channelAnswer = "a"
   }
 
   /// What a descriptor was.
@@ -68,7 +71,9 @@ package struct Recording {
     }
   }
 
-  static let firstLine = "martlet-recording 1"
+  static let firstLine = "martlet-recording 2"
+  /// Before the back end's own channel was written down.
+  static let olderFirstLine = "martlet-recording 1"
   static let connectionMark = "connection"
 
   /// By connection.
@@ -76,7 +81,7 @@ package struct Recording {
 
   package init(_ text: String, name: String) throws(ProbeError) {
     var lines = text.split(separator: "\n", omittingEmptySubsequences: false)[...]
-    guard lines.popFirst().map(String.init) == Self.firstLine else {
+    guard let first = lines.popFirst().map(String.init), first == Self.firstLine || first == Self.olderFirstLine else {
       throw .unsuitable("\(name) is no recording: it does not begin with '\(Self.firstLine)'")
     }
     var number = 1

@@ -9,6 +9,8 @@ final class Replayer {
   private let interruption: Interruption
   private(set) var sentCount = 0
   private(set) var replyCount = 0
+  /// What the back end asked on its own channel.
+  private(set) var channelCount = 0
   private(set) var differences: [String] = []
   private let isVerbose: Bool
 
@@ -27,6 +29,8 @@ final class Replayer {
   private func replay(_ lines: [Recording.Line], _ place: String) throws(ProbeError) {
     var link = try Link(target)
     var kept: [Held] = []
+    var channel: SideChannel?
+    var answers = lines.filter { $0.side == .channelAnswer }
     for (index, line) in lines.enumerated() where line.side == .frontEnd {
       if interruption.isRequested { return }
       let words = MessageText.request(line.header, line.payload)
@@ -35,6 +39,16 @@ final class Replayer {
       for attachment in line.attachments {
         if isInflight, let area = kept.last(where: { $0.isInflight }) {
           numbers.append(area.fd.rawValue)
+          continue
+        }
+        if line.header.request == FrontEndRequest.setBackEndRequestFD.rawValue {
+          let pair = try wrapping { () throws(SystemError) in try UnixSocket.pair(.stream) }
+          kept.append(
+            pair.split { ours, theirs in
+              channel = SideChannel(ours)
+              return Held(theirs)
+            })
+          if let held = kept.last { numbers.append(held.fd.rawValue) }
           continue
         }
         let held = Held(try Self.make(attachment))
@@ -47,7 +61,16 @@ final class Replayer {
         return
       }
       sentCount += 1
-      guard let reply = Self.recordedReply(lines, after: index) else { continue }
+      let reply = Self.recordedReply(lines, after: index)
+      if let asked = channel {
+        do throws(ProbeError) {
+          try serve(asked, &answers, until: reply == nil ? nil : link.frontEnd.socketNumber)
+        } catch {
+          channel = nil
+          if isVerbose { Output.line("the back end's own channel: \(error)") }
+        }
+      }
+      guard let reply else { continue }
       do throws(ProbeError) {
         guard var answer = try link.hear() else {
           differences.append(
@@ -72,6 +95,27 @@ final class Replayer {
     }
   }
 
+  /// Answers what is asked on the channel as it was answered then, or with success; with a socket, until something can be
+  /// read there.
+  private func serve(_ channel: SideChannel, _ answers: inout [Recording.Line], until socket: CInt?) throws(ProbeError) {
+    let end = MonotonicTime.now.advanced(by: target.timeout)
+    repeat {
+      while let (header, payload) = try channel.receive() {
+        channelCount += 1
+        if isVerbose { Output.line("< channel: \(MessageText.channelRequest(header, payload))") }
+        let isAsked = header.flags.contains(.needReply) || header.request == BackEndRequest.sharedObjectLookup.rawValue
+        guard isAsked else { continue }
+        let position = answers.firstIndex { $0.header.request == header.request }
+        channel.answer(header.request, position.map { answers.remove(at: $0).payload } ?? [UInt8](repeating: 0, count: 8))
+      }
+      guard let socket else { return }
+      var entries = [socket, channel.number].map { pollfd(fd: $0, events: Int16(POLLIN), revents: 0) }
+      // SAFETY: the array is ours and has so many entries.
+      _ = unsafe entries.withUnsafeMutableBufferPointer { unsafe poll($0.baseAddress, nfds_t($0.count), 200) }
+      if entries[0].revents != 0 { return }
+    } while MonotonicTime.now < end && !interruption.isRequested
+  }
+
   private final class Held {
     let fd: OwnedFD
     let isInflight: Bool
@@ -85,6 +129,7 @@ final class Replayer {
   private static func recordedReply(_ lines: [Recording.Line], after index: Int) -> Recording.Line? {
     for line in lines[(index + 1)...] {
       if line.side == .frontEnd { return nil }
+      guard line.side == .backEnd else { continue }
       if line.header.flags.contains(.reply), line.header.request == lines[index].header.request { return line }
     }
     return nil
