@@ -96,6 +96,20 @@ enum AML {
     [0x5B, 0x80] + path(name) + [0x01] + integer(UInt64(port)) + integer(UInt64(count))
   }
 
+  /// Fields of 32-bit registers from the start of `region` on.
+  static func doubleWordFields(region: StaticString, names: [StaticString]) -> Term {
+    // Flags: double-word access, no lock, writes as zeros.
+    var bits: Term = []
+    for name in names { bits += path(name) + packageFieldLength(32) }
+    return container([0x5B, 0x81], path(region) + [0x43], [bits])
+  }
+
+  /// The length of a field in bits, encoded as a package length that does not count itself.
+  private static func packageFieldLength(_ bits: UInt8) -> Term {
+    precondition(bits < 0x40, "One byte of length")
+    return [bits]
+  }
+
   /// A field of one byte-wide register at the start of `region`.
   static func byteField(region: StaticString, name: StaticString) -> Term {
     // Flags: byte access, no lock, writes as zeros. The field's own length is in bits and counts no length bytes.
@@ -112,12 +126,15 @@ enum AML {
   static func store(_ value: Term, into target: Term) -> Term { [0x70] + value + target }
   static func and(_ a: Term, _ b: Term, into target: Term = [0]) -> Term { [0x7B] + a + b + target }
   static func or(_ a: Term, _ b: Term, into target: Term = [0]) -> Term { [0x7D] + a + b + target }
+  /// A call of a method that takes these arguments.
+  static func call(_ method: StaticString, _ arguments: [Term]) -> Term { path(method) + arguments.flatMap { $0 } }
   static func equal(_ a: Term, _ b: Term) -> Term { [0x93] + a + b }
   static func not(_ a: Term) -> Term { [0x92] + a }
   static func `if`(_ condition: Term, _ body: [Term]) -> Term { container([0xA0], condition, body) }
   static func `else`(_ body: [Term]) -> Term { container([0xA1], [], body) }
   static func `return`(_ value: Term) -> Term { [0xA4] + value }
   static func notify(_ object: StaticString, _ value: UInt64) -> Term { [0x86] + path(object) + integer(value) }
+  static func notify(named characters: [UInt8], _ value: Term) -> Term { [0x86] + path(characters) + value }
   static func createDWordField(_ source: Term, offset: UInt64, name: StaticString) -> Term {
     [0x8A] + source + integer(offset) + path(name)
   }

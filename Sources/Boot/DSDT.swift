@@ -1,4 +1,5 @@
-/// The differentiated system description: host bridge, motherboard resources, processors, serial port, power button.
+/// The differentiated system description: host bridge with its slots, motherboard resources, processors, serial port, power
+/// button.
 enum DSDT {
   /// Definition blocks for `processorCount` processors with unique ids from 0.
   static func body(map: PhysicalMap, processorCount: Int, hasSerialPort: Bool) -> [UInt8] {
@@ -31,7 +32,48 @@ enum DSDT {
         AML.name("_CCA", AML.integer(1)),
         AML.currentResources(windows),
         operatingSystemCapabilities,
-      ])
+      ] + hotPlug)
+  }
+
+  // MARK: hot plug
+
+  /// Device numbers that a device can be plugged into.
+  private static let slots: ClosedRange<UInt64> = 1...31
+
+  /// The slots of bus 0, and the method that the event device calls when one has something new: it tells the operating system
+  /// of each slot of the two registers, which are empty afterwards.
+  private static var hotPlug: [AML.Term] {
+    let notifications = slots.map { slot in
+      AML.if(
+        AML.and(AML.arg0, AML.integer(1 << slot)),
+        [AML.notify(named: slotName(slot), AML.arg1)])
+    }
+    return [
+      AML.portRegion("PHPR", at: PlatformPort.pluggedSlots, count: 12),
+      AML.doubleWordFields(region: "PHPR", names: ["PHUP", "PHDN", "PHEJ"]),
+      AML.method("PHNT", arguments: 2, serialized: true, notifications),
+      AML.method(
+        "PHEV", arguments: 0, serialized: true,
+        [
+          // 1: look whether a device is there. 3: let go of it.
+          AML.call("PHNT", [AML.path("PHUP"), AML.integer(1)]),
+          AML.call("PHNT", [AML.path("PHDN"), AML.integer(3)]),
+        ]),
+    ]
+      + slots.map { slot in
+        AML.device(
+          named: slotName(slot),
+          [
+            AML.name("_SUN", AML.integer(slot)),
+            AML.name("_ADR", AML.integer(slot << 16)),
+            AML.method("_EJ0", arguments: 1, serialized: true, [AML.store(AML.integer(1 << slot), into: AML.path("PHEJ"))]),
+          ])
+      }
+  }
+
+  private static func slotName(_ slot: UInt64) -> [UInt8] {
+    let digits = AML.ascii("0123456789ABCDEF")
+    return AML.ascii("SL") + [digits[Int(slot >> 4)], digits[Int(slot & 0xF)]]
   }
 
   /// `_OSC`: the operating system may control everything that PCI Express offers (we implement none of it in the
@@ -70,7 +112,7 @@ enum DSDT {
         AML.name("_UID", AML.integer(0)),
         AML.currentResources([
           AML.memory32Fixed(PhysicalMap.ecam),
-          AML.ports(PlatformPort.sleepAndReset, count: 16),
+          AML.ports(PlatformPort.sleepAndReset, count: 32),
         ]),
       ])
   }
@@ -120,6 +162,9 @@ enum DSDT {
             AML.if(
               AML.and(AML.local0, AML.integer(UInt64(GenericEvent.powerButton))),
               [AML.notify("\\_SB_.PWRB", 0x80)]),
+            AML.if(
+              AML.and(AML.local0, AML.integer(UInt64(GenericEvent.hotPlug))),
+              [AML.call("\\_SB_.PC00.PHEV", [])]),
           ]),
       ])
   }

@@ -69,6 +69,13 @@ package enum PlatformPort {
   package static let genericEvent: UInt16 = 0x604
   /// ACPI power management timer, 32 bit at 3.579545 MHz.
   package static let powerManagementTimer: UInt16 = 0x608
+  /// Three 32-bit registers of PCI hot plug, one bit for each device number of bus 0. Slots whose devices have come: cleared by
+  /// reading.
+  package static let pluggedSlots: UInt16 = 0x610
+  /// Slots whose devices the guest is asked to let go of: cleared by reading.
+  package static let unplugRequests: UInt16 = 0x614
+  /// Written by the guest: it has let go of the devices in these slots.
+  package static let ejectedSlots: UInt16 = 0x618
   /// First port of COM1.
   package static let serial: UInt16 = 0x3F8
 }
@@ -83,4 +90,6 @@ package enum PlatformInterrupt {
 /// Bits of the generic event register.
 package enum GenericEvent {
   package static let powerButton: UInt8 = 1
+  /// `PlatformPort.pluggedSlots` or `unplugRequests` has something new.
+  package static let hotPlug: UInt8 = 2
 }

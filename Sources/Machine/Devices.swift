@@ -11,6 +11,8 @@ final class Devices {
     case pciAddress
     case pciData
     case powerManagementTimer
+    /// PCI hot plug.
+    case hotPlug
   }
 
   enum MemoryTarget {
@@ -32,10 +34,13 @@ final class Devices {
   var serial = SerialPort()
   var platform = Platform()
   var pci = PCIBus()
-  var virtio: [VirtioSlot] = []
+  /// By index; a device that was taken out leaves its index to another.
+  var virtio: [VirtioSlot?] = []
   /// Routes of message-signalled vectors by interrupt number, from `PlatformInterrupt.pinCount` up.
   var vectorRoutes: [UInt32: MSIMessage] = [:]
   var nextInterrupt = PlatformInterrupt.pinCount
+  /// Interrupt numbers of devices that were taken out.
+  var freeInterrupts: [UInt32] = []
   var warningLimit = RateLimit()
   /// Accesses that left the kernel, for reports.
   var portAccesses: UInt64 = 0
@@ -52,6 +57,8 @@ final class Devices {
     ports.insert(timer..<timer + 4, .powerManagementTimer)
     ports.insert(0xCF8..<0xCFC, .pciAddress)
     ports.insert(UInt64(Self.pciDataPorts.lowerBound)..<UInt64(Self.pciDataPorts.upperBound), .pciData)
+    let hotPlug = UInt64(PlatformPort.pluggedSlots)
+    ports.insert(hotPlug..<hotPlug + 12, .hotPlug)
     addresses.insert(PhysicalMap.ioapic, .ioapic)
     addresses.insert(PhysicalMap.ecam, .ecam)
   }
@@ -108,6 +115,7 @@ final class Devices {
       return UInt32(truncatingIfNeeded: readPCI(place.function, Int(place.register) + Int(offset), width: width))
     case .powerManagementTimer:
       return Platform.powerManagementTimer >> UInt32(offset * 8)
+    case .hotPlug: return readHotPlug(offset, width: width)
     default: break
     }
     // Byte-wide devices: a wider access is one access per byte, as on the bus they come from.
@@ -133,7 +141,7 @@ final class Devices {
       return value
     case .powerManagementTimer:
       return UInt8(truncatingIfNeeded: Platform.powerManagementTimer >> UInt32(offset * 8))
-    case .pciData: return 0xFF
+    case .pciData, .hotPlug: return 0xFF
     }
   }
 
@@ -148,6 +156,9 @@ final class Devices {
         writePCI(
           place.function, Int(place.register) + Int(offset), width: width, value: UInt64(value), machine)
       }
+      return .none
+    case .hotPlug:
+      if width == 4, offset == UInt64(PlatformPort.ejectedSlots - PlatformPort.pluggedSlots) { eject(value, machine) }
       return .none
     default: break
     }
@@ -170,7 +181,7 @@ final class Devices {
       updateSerialLine(machine)
       return .none
     case .platform, .pciAddress: return platform.write(UInt16(port), value)
-    case .powerManagementTimer, .pciData: return .none
+    case .powerManagementTimer, .pciData, .hotPlug: return .none
     }
   }
 
@@ -185,7 +196,7 @@ final class Devices {
       let place = PCIBus.place(ecamOffset: offset)
       return readPCI(place.function, Int(place.register), width: width)
     case .virtio(let index):
-      let slot = virtio[index]
+      guard let slot = virtio[index] else { return .max }
       return slot.function.readBAR(offset: offset, width: width, isSignalled: slot.isSignalled)
     }
   }
@@ -201,7 +212,7 @@ final class Devices {
       let place = PCIBus.place(ecamOffset: offset)
       writePCI(place.function, Int(place.register), width: width, value: value, machine)
     case .virtio(let index):
-      let slot = virtio[index]
+      guard let slot = virtio[index] else { return }
       apply(slot.function.writeBAR(offset: offset, width: width, value: value), to: slot, machine)
     }
   }
@@ -213,7 +224,7 @@ final class Devices {
     case .absent: return .max
     case .hostBridge: return pci.hostBridge.read(offset: offset, width: width)
     case .virtio(let index):
-      let slot = virtio[index]
+      guard let slot = virtio[index] else { return .max }
       var value = slot.function.readConfigurationSpace(
         offset: offset, width: width, isSignalled: slot.isSignalled)
       // Header type, byte 0x0E: bit 7 says that the device has more than one function.
@@ -229,7 +240,7 @@ final class Devices {
     case .absent: break
     case .hostBridge: pci.hostBridge.write(offset: offset, width: width, value: value)
     case .virtio(let index):
-      let slot = virtio[index]
+      guard let slot = virtio[index] else { return }
       apply(
         slot.function.writeConfigurationSpace(offset: offset, width: width, value: value), to: slot, machine)
     }

@@ -3,24 +3,26 @@ import HostSystem
 import VirtioTransport
 
 extension Machine {
-  /// Puts a virtio device on the bus; before the guest runs, or while the bus is shut. Returns its index, by which events name it.
+  /// Puts a virtio device on the bus. A guest that has looked there already hears of it by `announceDevice`. Returns its index, by which events name it.
   /// - Parameter pciDevice: device number 1 to 31; nil for the first free place.
   package func addVirtioDevice(
     _ description: VirtioPCIFunction.Description, pciDevice: UInt8? = nil
   ) throws(MachineError) -> Int {
     try deviceLock.withLock { () throws(MachineError) -> Int in
-      let index = devices.virtio.count
+      let index = devices.virtio.firstIndex { $0 == nil } ?? devices.virtio.count
       guard let position = devices.pci.place(index, device: pciDevice) else {
         throw .tooManyDevices(PCIBus.capacity)
       }
       var placed = description
       // Where firmware would have put it: a kernel keeps addresses that lie in a window.
       placed.baseAddress = PhysicalMap.pciWindow32.lowerBound + UInt64(index) * VirtioPCILayout.barByteCount
+      // A position without a device is nobody's.
+      defer { if devices.slot(index)?.position != position { devices.pci.clear(position, isEjected: true) } }
       do {
         let function = try VirtioPCIFunction(placed)
-        devices.virtio.append(
-          try VirtioSlot(
-            index: index, position: position, function: function, queueCount: placed.queueSizes.count, vectorCount: placed.vectorCount))
+        let slot = try VirtioSlot(
+          index: index, position: position, function: function, queueCount: placed.queueSizes.count, vectorCount: placed.vectorCount)
+        if index < devices.virtio.count { devices.virtio[index] = slot } else { devices.virtio.append(slot) }
       } catch let error as TransportError {
         throw .transport(error)
       } catch let error as SystemError {
@@ -35,16 +37,16 @@ extension Machine {
   /// The doorbell of a queue: signalled by KVM when the guest notifies.
   package func kick(ofDevice index: Int, queue: Int) -> SharedEvent? {
     deviceLock.withLock {
-      guard index < devices.virtio.count, queue >= 0, queue < devices.virtio[index].kicks.count else { return nil }
-      return devices.virtio[index].kicks[queue]
+      guard let slot = devices.slot(index), slot.kicks.indices.contains(queue) else { return nil }
+      return slot.kicks[queue]
     }
   }
 
   /// The event of a vector: signalling it interrupts the guest, or stays pending while the vector is masked.
   package func call(ofDevice index: Int, vector: Int) -> SharedEvent? {
     deviceLock.withLock {
-      guard index < devices.virtio.count, vector >= 0, vector < devices.virtio[index].vectors.count else { return nil }
-      return devices.virtio[index].vectors[vector].shared
+      guard let slot = devices.slot(index), slot.vectors.indices.contains(vector) else { return nil }
+      return slot.vectors[vector].shared
     }
   }
 
@@ -52,20 +54,19 @@ extension Machine {
   /// what follows from it.
   package func updateDevice(_ index: Int, _ change: (inout VirtioPCIFunction) -> [TransportEffect]) {
     deviceLock.withLock {
-      guard index < devices.virtio.count else { return }
-      let slot = devices.virtio[index]
+      guard let slot = devices.slot(index) else { return }
       devices.apply(change(&slot.function), to: slot, self)
     }
   }
 
   /// A copy of a function's registers, for reports.
   package func function(ofDevice index: Int) -> VirtioPCIFunction? {
-    deviceLock.withLock { index < devices.virtio.count ? devices.virtio[index].function : nil }
+    deviceLock.withLock { devices.slot(index)?.function }
   }
 
   /// Where the guest finds the device, such as `00:01.0`.
   package func busAddress(ofDevice index: Int) -> String {
-    deviceLock.withLock { index < devices.virtio.count ? PCIBus.name(of: devices.virtio[index].position) : "" }
+    deviceLock.withLock { devices.slot(index).map { PCIBus.name(of: $0.position) } ?? "" }
   }
 
   // MARK: serial port
@@ -110,7 +111,8 @@ extension Machine {
       devices.serial.reset()
       devices.pci.address = 0
       devices.pci.hostBridge = PCIBus.makeHostBridge()
-      for slot in devices.virtio {
+      devices.pci.resetHotPlug()
+      for slot in devices.virtio.compactMap({ $0 }) where slot.isOnBus {
         devices.apply(slot.function.powerOnReset(), to: slot, self)
         // What was pending belongs to the previous guest.
         for index in slot.vectors.indices {

@@ -40,6 +40,8 @@ package enum MachineEvent: Sendable {
   case crashed(String)
   /// Something a virtio device must do; see `TransportEffect`. Interrupt and address effects never appear here.
   case device(Int, TransportEffect)
+  /// The guest has let go of a device, which is off the bus now.
+  case ejected(Int)
   /// An oddity that was absorbed; worth a log line.
   case warning(String)
 }
@@ -128,6 +130,8 @@ package final class Machine: @unchecked Sendable {
     eventLock.withLock { events.append(event) }
     wakeUp.signal()
   }
+
+  func dropEvents(ofDevice index: Int) { eventLock.withLock { events.drop(device: index) } }
 
   /// Takes all events in order of their happening.
   package func takeEvents() -> [MachineEvent] {

@@ -35,6 +35,16 @@ package struct MachineEventQueue {
     }
   }
 
+  /// The device is gone, and its index may come again.
+  package mutating func drop(device index: Int) {
+    events.removeAll { event in
+      switch event {
+      case .device(index, _), .ejected(index): true
+      default: false
+      }
+    }
+  }
+
   package mutating func takeAll() -> [MachineEvent] {
     warningCount = 0
     defer { events.removeAll(keepingCapacity: true) }

@@ -35,7 +35,11 @@ final class VirtioSlot {
   var vectors: [Vector]
   /// Where BAR 0 is in the address table and its doorbells are registered.
   var mappedAt: UInt64?
+  var isOnBus = true
   var registeredDoorbells: [Bool]
+
+  /// Device number on the bus.
+  var pciDevice: UInt8 { UInt8(position % 31 + 1) }
 
   init(
     index: Int, position: Int, function: VirtioPCIFunction, queueCount: Int, vectorCount: Int
@@ -59,8 +63,12 @@ final class VirtioSlot {
 }
 
 extension Devices {
+  func slot(_ index: Int) -> VirtioSlot? { virtio.indices.contains(index) ? virtio[index] : nil }
+
   /// Carries out what a register access of a function entails. Interrupts and addresses are ours; the rest is posted.
   func apply(_ effects: [TransportEffect], to slot: VirtioSlot, _ machine: Machine) {
+    // What the device side still says of a function that is gone concerns nobody.
+    guard slot.isOnBus else { return }
     var routesChanged = false
     var unmasked: [Int] = []
     for effect in effects {
@@ -91,16 +99,7 @@ extension Devices {
   // MARK: addresses
 
   private func move(_ slot: VirtioSlot, to address: UInt64?, _ machine: Machine) {
-    if let old = slot.mappedAt {
-      addresses.remove(startingAt: old)
-      for queue in slot.kicks.indices where slot.registeredDoorbells[queue] {
-        try? machine.virtualMachine.removeDoorbell(
-          at: old + VirtioPCILayout.notifyOffset(ofQueue: queue), length: doorbellLength,
-          eventFD: slot.kicks[queue].event.fd.rawValue)
-        slot.registeredDoorbells[queue] = false
-      }
-      slot.mappedAt = nil
-    }
+    leave(slot, machine)
     // Anywhere but in the windows (or on another function) the BAR answers nowhere: guests probe sizes with absurd
     // addresses.
     guard let address, address <= UInt64.max - VirtioPCILayout.barByteCount else { return }
@@ -122,6 +121,19 @@ extension Devices {
     }
   }
 
+  /// The function answers nowhere any more.
+  func leave(_ slot: VirtioSlot, _ machine: Machine) {
+    guard let old = slot.mappedAt else { return }
+    addresses.remove(startingAt: old)
+    for queue in slot.kicks.indices where slot.registeredDoorbells[queue] {
+      try? machine.virtualMachine.removeDoorbell(
+        at: old + VirtioPCILayout.notifyOffset(ofQueue: queue), length: doorbellLength,
+        eventFD: slot.kicks[queue].event.fd.rawValue)
+      slot.registeredDoorbells[queue] = false
+    }
+    slot.mappedAt = nil
+  }
+
   // MARK: vectors
 
   /// An interrupt of the core's own: sent now, or remembered while the vector is masked.
@@ -140,12 +152,16 @@ extension Devices {
     if let known = slot.vectors[vector].interrupt {
       interrupt = known
     } else {
-      guard nextInterrupt < Self.interruptLimit else {
-        machine.warn("Interrupt vector", MachineError.tooManyInterrupts(Int(Self.interruptLimit)))
-        return false
+      if let free = freeInterrupts.popLast() {
+        interrupt = free
+      } else {
+        guard nextInterrupt < Self.interruptLimit else {
+          machine.warn("Interrupt vector", MachineError.tooManyInterrupts(Int(Self.interruptLimit)))
+          return false
+        }
+        interrupt = nextInterrupt
+        nextInterrupt += 1
       }
-      interrupt = nextInterrupt
-      nextInterrupt += 1
       slot.vectors[vector].interrupt = interrupt
     }
     let converted = MSIMessage(guestAddress: message.address, data: message.data)
@@ -174,7 +190,7 @@ extension Devices {
   }
 
   /// The event keeps its count from here on. The route stays: unmasking with the same message then costs no new table.
-  private func mask(_ slot: VirtioSlot, _ vector: Int, _ machine: Machine) {
+  func mask(_ slot: VirtioSlot, _ vector: Int, _ machine: Machine) {
     guard slot.vectors[vector].isAssigned, let interrupt = slot.vectors[vector].interrupt else { return }
     try? machine.virtualMachine.deassignInterrupt(
       eventFD: slot.vectors[vector].shared.event.fd.rawValue, gsi: interrupt)

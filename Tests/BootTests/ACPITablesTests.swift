@@ -66,6 +66,48 @@ struct ACPITablesTests {
     }
   }
 
+  /// `acpiexec` is ACPICA's own interpreter, the one that Linux has; its ports read as what they are filled with.
+  @Test("The event method tells every slot that a device came or must go, and ejecting writes that slot's bit")
+  func hotPlugMethods() throws {
+    let interpreter = "/usr/bin/acpiexec"
+    guard FileManager.default.isExecutableFile(atPath: interpreter) else {
+      print("skipped: acpiexec is not installed (package acpica-tools)")
+      return
+    }
+    let folder = FileManager.default.temporaryDirectory.appendingPathComponent("martlet-acpi-\(UUID().uuidString)")
+    try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+    defer { try? FileManager.default.removeItem(at: folder) }
+    let acpi = try tables(processors: 1)
+    let range = try #require(acpi.tables.first { $0.signature == "DSDT" }).range
+    try Data(acpi.bytes[range]).write(to: folder.appendingPathComponent("dsdt.dat"))
+    func run(_ fill: String, _ command: String) throws -> String {
+      let process = Process()
+      process.executableURL = URL(fileURLWithPath: interpreter)
+      process.arguments = ["-fv", fill, "-b", command, "dsdt.dat"]
+      process.currentDirectoryURL = folder
+      let pipe = Pipe()
+      process.standardOutput = pipe
+      process.standardError = pipe
+      try process.run()
+      let output = String(decoding: pipe.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+      process.waitUntilExit()
+      return output
+    }
+    func notified(_ output: String, _ slot: String, _ value: String) -> Bool {
+      output.split(separator: "\n").contains { $0.contains("[\(slot)]") && $0.contains("Notif") && $0.contains(value) }
+    }
+    let all = try run("0xFF", "execute \\_SB.GED._EVT 16")
+    #expect(notified(all, "SL01", "0x01") && notified(all, "SL01", "0x03"), "\(all)")
+    #expect(notified(all, "SL1F", "0x01") && notified(all, "SL1F", "0x03") && notified(all, "SL10", "0x03"), "\(all)")
+    #expect(!all.contains("[SL00]"))
+    let none = try run("0x00", "execute \\_SB.GED._EVT 16")
+    #expect(!none.contains("[SL"), "\(none)")
+    for (slot, address) in [("SL01", "10000"), ("SL1F", "1F0000")] {
+      #expect(try run("0", "execute \\_SB.PC00.\(slot)._ADR").uppercased().contains(address))
+      #expect(try !run("0", "execute \\_SB.PC00.\(slot)._EJ0 1").contains("AE_"))
+    }
+  }
+
   @Test("The ACPI compiler disassembles every table and compiles the result without a complaint", arguments: [1, 300])
   func disassembly(processors: Int) throws {
     let compiler = "/usr/bin/iasl"

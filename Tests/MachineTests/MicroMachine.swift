@@ -134,6 +134,7 @@ struct MicroMachine {
           try machine.enter(plan.entry)
           machine.resume()
         case .device(let index, let effect): onDevice(machine, index, effect)
+        case .ejected(let index): machine.removeDevice(index)
         case .warning(let text): outcome.warnings.append(text)
         }
       }
