@@ -8,6 +8,8 @@ package enum ConfigurationError: Error, Equatable, Sendable {
   case unknownWord(option: String, word: String, nearest: String?, example: String)
   /// A request that `martlet ctl` does not know.
   case unknownRequest(String, nearest: String?, known: [String])
+  /// A device that `martlet ctl add` does not know.
+  case unknownKind(String, nearest: String?, known: [String])
   /// `martlet ctl` without a request.
   case missingRequest(known: [String])
   /// The option stands at the end or before another option, and wants a value.
@@ -52,6 +54,10 @@ package enum ConfigurationError: Error, Equatable, Sendable {
       let all = known.joined(separator: ", ")
       guard let nearest else { return "Unknown request '\(word)'; the requests are \(all)" }
       return "Unknown request '\(word)'; did you mean '\(nearest)'? The requests are \(all)"
+    case .unknownKind(let word, let nearest, let known):
+      let all = known.joined(separator: ", ")
+      guard let nearest else { return "Unknown kind of device '\(word)'; those that can be added are \(all)" }
+      return "Unknown kind of device '\(word)'; did you mean '\(nearest)'? Those that can be added are \(all)"
     case .missingRequest(let known):
       return "A request is missing; it is one of \(known.joined(separator: ", "))"
     case .missingValue(let option, let example):

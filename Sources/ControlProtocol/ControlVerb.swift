@@ -6,6 +6,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case stats
   case resizeDisk = "resize-disk"
   case events
+  case add, remove
 
   package var summary: String {
     switch self {
@@ -17,6 +18,8 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .reboot: "reset the VM at once, as the reset button would"
     case .shutdown: "end the VM at once"
     case .stats: "requests, bytes, errors, kicks, calls and latencies of each queue"
+    case .add: "plug in a device: disk, net, console, fs, rng or generic, with the keys of martlet run --KIND"
+    case .remove: "let the guest let go of a device and take it away; --force: without asking; --timeout MS"
     case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
     case .events: "what happened to the devices, with times; with --follow also what will; with --json a line for each"
     }
@@ -28,11 +31,19 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .stats: ["DEVICE"]
     case .resizeDisk: ["DEVICE", "SIZE"]
     case .events: ["--follow"]
+    case .add: ["KIND", "KEY=VALUE,..."]
+    case .remove: ["DEVICE", "--force", "--timeout MS"]
     default: []
     }
   }
 
-  package var neededArguments: Int { self == .resizeDisk ? 1 : 0 }
+  package var neededArguments: Int {
+    switch self {
+    case .add: 2
+    case .resizeDisk, .remove: 1
+    default: 0
+    }
+  }
 
   /// The verb with its arguments, for help texts.
   package var usage: String {

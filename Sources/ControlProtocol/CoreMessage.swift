@@ -15,6 +15,10 @@ package enum CoreMessage: Equatable, Sendable {
   case information(VMInformation)
   /// A device has changed its state.
   case device(DeviceReport)
+  /// Answer to `device` while the guest runs: it is on the bus, in this slot.
+  case plugged(slot: UInt8)
+  /// A device is gone: off the bus, its rings stopped, its connection closed. Asked for, or by the guest's own wish.
+  case unplugged(id: String)
   /// The guest did something that concerns the outside.
   case guest(GuestEvent)
   /// The core cannot go on and exits after this message; one sentence says why.
@@ -158,7 +162,7 @@ package struct DeviceReport: Equatable, Sendable {
 
 extension CoreMessage {
   private enum Kind: UInt16 {
-    case ready = 0x8001, started, done, refused, information, device, guest, failed
+    case ready = 0x8001, started, done, refused, information, device, guest, failed, plugged, unplugged
   }
 
   private var kind: Kind {
@@ -171,6 +175,8 @@ extension CoreMessage {
     case .device: .device
     case .guest: .guest
     case .failed: .failed
+    case .plugged: .plugged
+    case .unplugged: .unplugged
     }
   }
 
@@ -202,6 +208,8 @@ extension CoreMessage {
       }
       writer.text(report.reason, limit: 1024)
     case .guest(let event): writer.number(event.rawValue)
+    case .plugged(let slot): writer.number(slot)
+    case .unplugged(let id): writer.text(id)
     case .failed(let kind, let sentence):
       writer.number(kind.rawValue)
       writer.text(sentence, limit: 1024)
@@ -230,6 +238,11 @@ extension CoreMessage {
     case .guest:
       guard let event = GuestEvent(rawValue: try reader.number()) else { throw .badField("event") }
       message = .guest(event)
+    case .plugged:
+      let slot: UInt8 = try reader.number()
+      guard (1...31).contains(slot) else { throw .badField("slot") }
+      message = .plugged(slot: slot)
+    case .unplugged: message = .unplugged(id: try reader.identifier())
     case .failed:
       guard let kind = FailureKind(rawValue: try reader.number()) else { throw .badField("failure") }
       message = .failed(kind, try reader.text("sentence", limit: 1024))

@@ -46,6 +46,14 @@ package enum ListGrammar {
     return numbers
   }
 
+  /// A text as a value that reads as that text.
+  package static func quoted(_ text: String) -> String {
+    let special = text.utf8.contains { [UInt8(ascii: ","), UInt8(ascii: "\""), UInt8(ascii: "["), UInt8(ascii: "]")].contains($0) }
+    // Lists in brackets are read as they stand.
+    guard special, !(text.hasPrefix("[") && parts(of: text)?.count == 1) else { return text }
+    return "\"" + text.replacing("\"", with: "\"\"") + "\""
+  }
+
   private struct Piece {
     var bytes: [UInt8] = []
     var original: [UInt8] = []

@@ -5,7 +5,8 @@ package enum SupervisorMessage: Equatable, Sendable {
   /// The first message. Descriptors: /dev/kvm, kernel, and the initramfs when `hasInitramfs`. Answered by
   /// `CoreMessage.ready` when the VM is built and the payload is checked.
   case configure(CoreConfiguration)
-  /// One device; its back end has said READY. Descriptor: the connected vhost-user socket.
+  /// One device; its back end has said READY. Descriptor: the connected vhost-user socket. Once the guest runs with all its
+  /// devices, one more is plugged in, and answered by `plugged` or `refused`.
   case device(DeviceAssignment)
   /// A byte stream of the platform. Descriptor: a connected stream socket. Sent before `start`.
   case stream(StreamKind)
@@ -29,6 +30,9 @@ package enum SupervisorMessage: Equatable, Sendable {
   case reattach(id: String)
   /// No back end will come any more for a device that waits for one: the guest is told. Answered by `done`.
   case giveUp(id: String)
+  /// The guest is to let go of a device; by force: the device goes, and the guest is told. Answered by `done` when nothing of
+  /// it is left, however long the guest takes, or by `refused`.
+  case unplug(id: String, isForced: Bool)
 
   /// The platform's byte streams.
   package enum StreamKind: UInt8, Equatable, Sendable {
@@ -70,7 +74,9 @@ package struct CoreConfiguration: Equatable, Sendable {
 package struct DeviceAssignment: Equatable, Sendable {
   package var id: String
   package var deviceType: DeviceID
-  /// Device number on PCI bus 0, 1 to 31.
+  /// The core chooses the slot.
+  package static let anySlot: UInt8 = 0
+  /// Device number on PCI bus 0, 1 to 31, or `anySlot` for a guest that runs.
   package var pciSlot: UInt8
   /// One entry per queue: the largest size offered to the guest.
   package var queueSizes: [UInt16]
@@ -105,12 +111,12 @@ extension SupervisorMessage {
     switch self {
     case .configure(let configuration): configuration.hasInitramfs ? 3 : 2
     case .device, .stream, .reattach: 1
-    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp: 0
+    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp, .unplug: 0
     }
   }
 
   private enum Kind: UInt16 {
-    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp
+    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp, unplug
   }
 
   private var kind: Kind {
@@ -127,6 +133,7 @@ extension SupervisorMessage {
     case .information: .information
     case .reattach: .reattach
     case .giveUp: .giveUp
+    case .unplug: .unplug
     }
   }
 
@@ -156,6 +163,9 @@ extension SupervisorMessage {
       writer.flag(device.isReplaceable)
     case .stream(let stream): writer.number(stream.rawValue)
     case .reattach(let id), .giveUp(let id): writer.text(id)
+    case .unplug(let id, let isForced):
+      writer.text(id)
+      writer.flag(isForced)
     case .start(let deviceCount): writer.number(deviceCount)
     case .pause, .resume, .powerButton, .reboot, .shutdown, .information: break
     }
@@ -189,6 +199,7 @@ extension SupervisorMessage {
     case .information: message = .information
     case .reattach: message = .reattach(id: try reader.identifier())
     case .giveUp: message = .giveUp(id: try reader.identifier())
+    case .unplug: message = .unplug(id: try reader.identifier(), isForced: try reader.flag("isForced"))
     }
     try reader.finish()
     try header.checkDescriptors(expected: message.descriptorCount, received: descriptorCount)
@@ -222,7 +233,7 @@ extension DeviceAssignment {
     deviceType = DeviceID(rawValue: try reader.number())
     guard (1...DeviceID.greatest).contains(deviceType.rawValue) else { throw .badField("deviceType") }
     pciSlot = try reader.number()
-    guard (1...31).contains(pciSlot) else { throw .badField("pciSlot") }
+    guard (0...31).contains(pciSlot) else { throw .badField("pciSlot") }
     allowedFeatures = FeatureSet(rawValue: try reader.number())
     ownFeatures = FeatureSet(rawValue: try reader.number())
     id = try reader.identifier()

@@ -6,6 +6,7 @@ extension VMConfiguration {
       case net(Net)
       case fileSystem(FileSystem)
       case entropy(Entropy)
+      case console(Console)
       case generic(GenericVhostUser)
     }
 
@@ -25,6 +26,8 @@ extension VMConfiguration {
       guard hasKernel else { throw .missingOption("kernel", example: "--kernel bzImage") }
       var result = result
       var places = [Reserved.core: "the core process", Reserved.serial: "the serial port", Reserved.console: "the console"]
+      // Devices that are there already: one is being added.
+      for id in result.deviceIDs where id != Reserved.console { places[id] = "a device of the VM" }
       for entry in devices {
         guard let id = entry.id else { continue }
         if let first = places.updateValue(entry.place, forKey: id) {
@@ -44,8 +47,14 @@ extension VMConfiguration {
           fileSystem.id = entry.id ?? Self.freeID("fs", &places)
           result.fileSystems.append(fileSystem)
         case .entropy(var entropy):
+          if let other = result.entropy {
+            throw .conflict("entropy device \(other.id)", "another one", remedy: "remove the first")
+          }
           entropy.id = entry.id ?? Self.freeID("rng", &places)
           result.entropy = entropy
+        case .console(var console):
+          console.id = entry.id ?? Self.freeID("con", &places)
+          result.consoles.append(console)
         case .generic(var generic):
           generic.id = entry.id ?? Self.freeID(generic.deviceType.description, &places)
           result.generics.append(generic)
@@ -91,7 +100,7 @@ extension VMConfiguration {
   private func checkPaths() throws(ConfigurationError) {
     var sockets: [(path: String, place: String)] = []
     if let control { sockets.append((control, "--control")) }
-    for (terminal, option) in [(console, "--console"), (serial, "--serial")] {
+    for (terminal, option) in [(console, "--console"), (serial, "--serial")] + consoles.map({ ($0.terminal, "console \($0.id)") }) {
       switch terminal {
       case .socket(let path): sockets.append((path, "\(option) socket"))
       case .file(let path): sockets.append((path, "\(option) file"))

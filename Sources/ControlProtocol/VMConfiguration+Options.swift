@@ -294,6 +294,35 @@ extension VMConfiguration {
     ) { (draft, values) throws(ConfigurationError) in draft.serial = try terminal(values) },
   ]
 
+  /// What `martlet ctl add` reads: the devices, and a console without the terminal of `martlet run`, which has its owner.
+  static let addTable = OptionTable<Draft>(deviceOptions + [addedConsole])
+
+  private static let addedConsole = Option(
+    "console",
+    .list(
+      keys: [
+        KeyDescription("file", "PATH", "output is appended to the file"),
+        KeyDescription("socket", "PATH", "listening Unix socket made for it"),
+        KeyDescription("id", "NAME", "name of the device; con1, con2, ... when left out"),
+      ] + deathKeys,
+      words: [
+        KeyDescription("pty", "", "a new pseudo-terminal, whose path is told"),
+        KeyDescription("null", "", "output is dropped"),
+      ]), .many, group: "Consoles", summary: "virtio console", example: "add console pty"
+  ) { (draft, values) throws(ConfigurationError) in
+    let places = values.parts.filter { ["file", "socket", "pty", "null"].contains($0.key) }
+    guard places.count == 1 else { throw values.badText("one of pty, file=PATH, socket=PATH, null") }
+    let terminal: Terminal
+    if let path = try values.path("file") {
+      terminal = .file(path)
+    } else if let path = try values.socketPath("socket") {
+      terminal = .socket(path)
+    } else {
+      terminal = values.has(word: "pty") ? .pty : .null
+    }
+    draft.add(.console(Console(id: "", terminal: terminal, death: try values.deathPolicy())), id: try values.id(), option: values.option)
+  }
+
   private static func terminal(_ values: OptionValues) throws(ConfigurationError) -> Terminal {
     guard values.parts.count == 1 else {
       throw values.badText("one of tty, pty, file=PATH, socket=PATH, null, off")

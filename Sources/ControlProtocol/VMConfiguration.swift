@@ -11,8 +11,8 @@ package struct VMConfiguration: Equatable, Sendable {
     package static let smallestMemory: UInt64 = 4 << 20
     /// Largest memory in bytes: KVM's memory slots count pages with 31 bits (`KVM_MEM_MAX_NR_PAGES`).
     package static let largestMemory: UInt64 = 8 << 40
-    /// PCI bus 0 has 32 slots; slot 0 is the host bridge, slot 31 is kept for platform functions.
-    package static let devices = 30
+    /// PCI bus 0 has 32 slots; slot 0 is the host bridge.
+    package static let devices = 31
     /// vhost-user names a queue with 8 bits in its kick and call messages.
     package static let queues = 256
     package static let queueSize: UInt64 = 32768
@@ -166,6 +166,13 @@ package struct VMConfiguration: Equatable, Sendable {
     case off
   }
 
+  /// A console beside the first one, added while the VM runs.
+  package struct Console: Equatable, Sendable {
+    package var id: String
+    package var terminal: Terminal
+    package var death = DeathPolicy()
+  }
+
   package struct Deadlines: Equatable, Sendable {
     /// From the start of a process to its READY, in milliseconds.
     package var ready: UInt32 = 5000
@@ -196,6 +203,11 @@ package struct VMConfiguration: Equatable, Sendable {
   package var entropy: Entropy?
   package var generics: [GenericVhostUser] = []
   package var console: Terminal = .tty
+  package var consoles: [Console] = []
+  /// What has been added and removed since the command line, as lines: a supervisor that follows another one follows them.
+  package internal(set) var changes: [String] = []
+  /// The device that each of them added; empty for a removal.
+  var changedIDs: [String] = []
   package var serial: Terminal = .null
   /// Socket path for `martlet ctl`.
   package var control: String?
@@ -237,12 +249,13 @@ package struct VMConfiguration: Equatable, Sendable {
     for net in nets where net.id == id { return net.death }
     for fileSystem in fileSystems where fileSystem.id == id { return fileSystem.death }
     if let entropy, entropy.id == id { return entropy.death }
+    for console in consoles where console.id == id { return console.death }
     return DeathPolicy()
   }
 
   /// Devices that take a PCI slot and a vhost-user session.
   package var deviceCount: Int {
-    disks.count + nets.count + fileSystems.count + generics.count + (entropy == nil ? 0 : 1) + (console == .off ? 0 : 1)
+    deviceIDs.count
   }
 }
 

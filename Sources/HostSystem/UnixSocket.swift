@@ -175,6 +175,19 @@ public enum UnixSocket {
     }
   }
 
+  /// What waits in a socket, at most so many bytes, without taking it out. Descriptors among it are not looked at.
+  public static func peek(_ socket: borrowing OwnedFD, limit: Int) -> [UInt8] {
+    var buffer = [UInt8](repeating: 0, count: limit)
+    var count: CInt = 0
+    var truncated: CInt = 0
+    // SAFETY: the buffer is lent for the call; no descriptor is asked for.
+    let result = unsafe buffer.withUnsafeMutableBytes { bytes in
+      unsafe clinux_receive_with_fds(
+        socket.rawValue, bytes.baseAddress, bytes.count, nil, 0, &count, &truncated, CInt(MSG_PEEK) | dontWait)
+    }
+    return result > 0 ? Array(buffer[..<result]) : []
+  }
+
   /// Who is at the other end of a connected socket (`SO_PEERCRED`).
   public static func peer(of socket: borrowing OwnedFD) throws(SystemError) -> (pid: Int32, uid: UInt32, gid: UInt32) {
     var pid: CInt = 0

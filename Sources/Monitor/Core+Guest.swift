@@ -43,6 +43,7 @@ extension Core {
       switch event {
       case .device(let index, let effect):
         if let device = devices.first(where: { $0.index == index }) { device.frontEnd.handle(effect, now: .now) }
+      case .ejected(let index): if let device = devices.first(where: { $0.index == index }) { leave(device) }
       case .warning(let text): Log.warning(text)
       case .resetRequested:
         // One processor asked; what others asked in the same moment is the same reset.
@@ -62,13 +63,13 @@ extension Core {
   }
 
   func takeDeviceEvents() {
-    for (index, device) in devices.enumerated() {
+    for device in devices {
       while let event = device.frontEnd.nextEvent() {
         switch event {
         case .ready:
           guard let number = device.frontEnd.channelNumber else { break }
           do {
-            try loop.add(number: number, for: .readable, token: .deviceChannel(index))
+            try loop.add(number: number, for: .readable, token: .deviceChannel(device.key))
             device.watchedChannel = number
           } catch {
             Log.warning("Device \(device.assignment.id): \(error.description)")
@@ -92,14 +93,14 @@ extension Core {
     }
   }
 
-  private func stopWatchingChannel(_ device: CoreDevice) {
+  func stopWatchingChannel(_ device: CoreDevice) {
     if let number = device.watchedChannel { loop.remove(number: number) }
     device.watchedChannel = nil
   }
 
   /// Tells the supervisor of every device that is not what it was.
   func reportDevices() {
-    for device in devices {
+    for device in devices where !device.isLeaving {
       let report = device.report(guest?.machine)
       guard report != device.lastReport else { continue }
       device.lastReport = report
@@ -121,9 +122,10 @@ extension Core {
 
   /// Starts the guest again once no back end works on a ring.
   func tryFinishReset() {
-    guard state == .resetting, let guest, !devices.contains(where: { $0.isResetting(in: guest.machine) }) else { return }
+    guard state == .resetting, let guest, !devices.contains(where: { !$0.isLeaving && $0.isResetting(in: guest.machine) }) else { return }
     // Resets asked for by other processors before they stopped are this one.
     takeMachineEvents()
+    letGoByReset(guest.machine)
     do {
       try guest.startOver()
     } catch {

@@ -33,6 +33,7 @@ extension Core {
       beginReset()
     case .shutdown: beginEnd(answering: sequence)
     case .information: answer(.information(information), sequence)
+    case .unplug(let id, let isForced): unplug(id, isForced, sequence)
     case .reattach(let id): reattach(id, sequence, &descriptors)
     case .giveUp(let id):
       guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
@@ -84,32 +85,44 @@ extension Core {
   ) {
     // A guest that has ended needs no devices any more.
     guard state != .stopped else { return }
+    guard !isComplete else { return plug(assignment, sequence, &descriptors) }
     guard let guest, let configuration, devices.count < deviceCount ?? .max,
-      !devices.contains(where: { $0.assignment.id == assignment.id }), let socket = descriptors.takeFirst()
+      assignment.pciSlot != DeviceAssignment.anySlot, !devices.contains(where: { $0.assignment.id == assignment.id }),
+      let socket = descriptors.takeFirst()
     else {
       return fail(.device("Device \(assignment.id) came at a wrong time or twice"))
     }
     do {
-      let device = try CoreDevice(
-        assignment, socket, memory: guest.sharedMemory,
-        replyDeadline: .milliseconds(Int64(configuration.replyDeadline)))
-      if let number = device.frontEnd.socketNumber {
-        try loop.add(number: number, for: .readable, token: .device(devices.count))
-        device.watchedSocket = number
-      }
-      devices.append(device)
-      device.frontEnd.start(now: .now)
+      try begin(assignment, socket, guest, configuration)
     } catch {
       fail(.device("Device \(assignment.id): \(error)"))
     }
   }
 
+  /// First contact with a device's back end.
+  @discardableResult
+  func begin(
+    _ assignment: DeviceAssignment, _ socket: consuming OwnedFD, _ guest: GuestMachine, _ configuration: CoreConfiguration
+  ) throws -> CoreDevice {
+    let device = try CoreDevice(
+      assignment, socket, key: nextKey, memory: guest.sharedMemory,
+      replyDeadline: .milliseconds(Int64(configuration.replyDeadline)))
+    nextKey += 1
+    if let number = device.frontEnd.socketNumber {
+      try loop.add(number: number, for: .readable, token: .device(device.key))
+      device.watchedSocket = number
+    }
+    devices.append(device)
+    device.frontEnd.start(now: .now)
+    return device
+  }
+
   /// A new back end for a device whose old one is gone.
   private func reattach(_ id: String, _ sequence: UInt32, _ descriptors: inout ReceivedDescriptors) {
-    guard let index = devices.firstIndex(where: { $0.assignment.id == id }), let socket = descriptors.takeFirst() else {
+    guard let device = devices.first(where: { $0.assignment.id == id }), let socket = descriptors.takeFirst() else {
       return refuse("There is no device \(id)", sequence)
     }
-    let device = devices[index]
+    guard !device.isLeaving else { return refuse("Device \(id) is being removed", sequence) }
     // The end of the old one may not have been noticed yet.
     device.frontEnd.receive(now: .now)
     takeDeviceEvents()
@@ -120,7 +133,7 @@ extension Core {
       }
       device.reattachSequence = sequence
       if let number = device.frontEnd.socketNumber {
-        try loop.add(number: number, for: .readable, token: .device(index))
+        try loop.add(number: number, for: .readable, token: .device(device.key))
         device.watchedSocket = number
       }
     } catch {

@@ -12,6 +12,7 @@ final class Core {
     case machine
     case serial
     case deadline
+    /// By the device's key.
     case device(Int)
     case deviceChannel(Int)
   }
@@ -23,6 +24,7 @@ final class Core {
   var configuration: CoreConfiguration?
   var guest: GuestMachine?
   var devices: [CoreDevice] = []
+  var nextKey = 0
   let serial = SerialCarrier()
   private var watchedSerial: Readiness?
   /// Watched, whatever the carrier's descriptor is by now.
@@ -98,8 +100,8 @@ final class Core {
         device.frontEnd.handleTimeout(now: now)
       }
       if let endDeadline, endDeadline <= now { finishEnd() }
-    case .device(let index), .deviceChannel(let index):
-      devices[index].frontEnd.receive(now: .now)
+    case .device(let key), .deviceChannel(let key):
+      devices.first { $0.key == key }?.frontEnd.receive(now: .now)
     }
   }
 
@@ -108,7 +110,9 @@ final class Core {
     guard exitCode == nil else { return }
     takeDeviceEvents()
     tryStart()
+    tryPlug()
     tryFinishReset()
+    finishLeaving()
     reportDevices()
     watchSerial()
     if endDeadline != nil, devices.allSatisfy({ [.paused, .lost].contains($0.frontEnd.state) }) { finishEnd() }

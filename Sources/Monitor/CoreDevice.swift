@@ -10,6 +10,8 @@ import VirtioTransport
 /// One device of the VM: what the supervisor assigned, the session with its back end, and its place in the machine.
 final class CoreDevice {
   let assignment: DeviceAssignment
+  /// Its name in the event loop; never used again.
+  let key: Int
   let frontEnd: DeviceFrontEnd
   /// Index in the machine, once it is plugged in.
   private(set) var index: Int?
@@ -22,11 +24,18 @@ final class CoreDevice {
   var lastReport: DeviceReport?
   /// The request to give it a new back end, until that is done.
   var reattachSequence: UInt32?
+  /// The request to add it to a guest that runs, until that is done.
+  var plugSequence: UInt32?
+  /// Requests to take it away, until nothing is left of it.
+  var unplugSequences: [UInt32] = []
+  /// It is off the bus, or never came there; its rings are being stopped.
+  var isLeaving = false
 
   init(
-    _ assignment: DeviceAssignment, _ socket: consuming OwnedFD, memory: SharedGuestMemory, replyDeadline: Duration
+    _ assignment: DeviceAssignment, _ socket: consuming OwnedFD, key: Int, memory: SharedGuestMemory, replyDeadline: Duration
   ) throws(VhostUserError) {
     self.assignment = assignment
+    self.key = key
     var configuration = FrontEndConfiguration(allowedFeatures: assignment.allowedFeatures)
     if assignment.configuration.isEmpty {
       configuration.configurationByteCount = Self.configurationByteCount(of: assignment.deviceType)
@@ -73,8 +82,8 @@ final class CoreDevice {
     }
   }
 
-  /// Shows the device to the guest as first contact found it. After `.ready`, before the guest runs.
-  func plug(into machine: Machine, _ memory: GuestMemory) throws(CoreError) {
+  /// Shows the device to the guest as first contact found it. After `.ready`.
+  func plug(into machine: Machine, _ memory: GuestMemory, slot: UInt8? = nil) throws(CoreError) {
     guard let offer = frontEnd.offer else {
       throw .device("Device \(assignment.id): its back end has not answered")
     }
@@ -97,7 +106,7 @@ final class CoreDevice {
         $0.upperBound <= configuration.count
       })
     do {
-      let index = try machine.addVirtioDevice(description, pciDevice: assignment.pciSlot)
+      let index = try machine.addVirtioDevice(description, pciDevice: slot ?? assignment.pciSlot)
       self.index = index
       frontEnd.attach(MachineDeviceHost(machine: machine, memory: memory, index: index, queueLimit: queueLimit))
     } catch {

@@ -1,4 +1,5 @@
 import CLinux
+import ControlProtocol
 import HostSystem
 
 /// The listening socket for `martlet ctl` and its connections. One request line of words, one JSON object line back; a
@@ -57,12 +58,15 @@ final class ControlServer {
 
   enum Input {
     case lines([String])
+    /// An order waits at the front of the connection, whole; it is not taken out.
+    case order(String)
     /// The connection is over; its number, to stop watching.
     case closed(CInt)
   }
 
   func read(_ id: Int) -> Input {
     guard let client = clients[id] else { return .lines([]) }
+    if client.received.isEmpty, let order = Self.waitingOrder(client.socket) { return .order(order) }
     var chunk = [UInt8](repeating: 0, count: 1024)
     // SAFETY: the chunk is lent for the call.
     switch unsafe chunk.withUnsafeMutableBytes({ bytes in unsafe client.socket.read(into: bytes) }) {
@@ -76,6 +80,22 @@ final class ControlServer {
       client.received.removeSubrange(...end)
     }
     return client.received.count > Self.lineLimit ? close(id, client) : .lines(lines)
+  }
+
+  private static func waitingOrder(_ socket: borrowing OwnedFD) -> String? {
+    guard let line = Spawner.waitingLine(socket), line.starts(with: Array("\(DeviceOrder.verb) ".utf8)) else { return nil }
+    return String(decoding: line, as: UTF8.self)
+  }
+
+  /// The descriptor of a connection, to be lent to a call.
+  func number(of id: Int) -> CInt? { clients[id]?.socket.rawValue }
+
+  /// Takes the line at the front out.
+  func takeOrder(from id: Int) {
+    guard let client = clients[id], let line = Spawner.waitingLine(client.socket) else { return }
+    var buffer = [UInt8](repeating: 0, count: line.count + 1)
+    // SAFETY: the buffer is lent for the call.
+    _ = unsafe buffer.withUnsafeMutableBytes { bytes in unsafe client.socket.read(into: bytes) }
   }
 
   private func close(_ id: Int, _ client: Client) -> Input {

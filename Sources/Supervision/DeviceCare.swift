@@ -48,7 +48,8 @@ final class DeviceCare {
     let path: String
     let readOnly: Bool
     let isShared: Bool
-    let status: FileStatus
+    /// Nil where the spawner has it.
+    let status: FileStatus?
   }
 
   let id: String

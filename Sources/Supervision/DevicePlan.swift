@@ -49,8 +49,13 @@ struct DevicePlanner {
   /// Lines for the person, such as the path of a pseudo-terminal.
   private(set) var announcements: [String] = []
   private var nextSlot: UInt8 = 1
+  /// What the spawner has opened, in the order in which it is asked for here; nil: everything is opened here.
+  private var opened: [FDBox]?
 
-  init(configuration: VMConfiguration, guardian: TerminalGuard, host: @escaping () -> HostWalls) {
+  init(
+    configuration: VMConfiguration, guardian: TerminalGuard, host: @escaping () -> HostWalls, opened: [FDBox]? = nil
+  ) {
+    self.opened = opened
     self.configuration = configuration
     self.guardian = guardian
     self.host = host
@@ -62,27 +67,55 @@ struct DevicePlanner {
     for net in configuration.nets { plans.append(try plan(net)) }
     for fileSystem in configuration.fileSystems { plans.append(try plan(fileSystem)) }
     if let entropy = configuration.entropy { plans.append(try plan(entropy)) }
-    for generic in configuration.generics {
-      plans.append(
-        DevicePlan(
-          assign(generic.id, generic.deviceType, generic.queueSizes), try external(generic.source, generic.id)))
-    }
+    for generic in configuration.generics { plans.append(try plan(generic)) }
     if configuration.console != .off {
-      let terminal = try planTerminal(configuration.console, option: "--console")
-      plans.append(
-        DevicePlan(
-          assign(VMConfiguration.Reserved.console, .console, [64, 64]),
-          .program(
-            "martlet-console", arguments: terminal.arguments, resources: terminal.resources,
-            isOnTerminal: terminal.isOnTerminal)))
+      plans.append(try plan(console: VMConfiguration.Reserved.console, configuration.console, option: "--console"))
     }
     return plans
+  }
+
+  /// One device of the configuration, for a VM that runs; the core chooses its slot.
+  mutating func planDevice(_ id: String) throws(SupervisionError) -> DevicePlan {
+    nextSlot = DeviceAssignment.anySlot
+    for disk in configuration.disks where disk.id == id { return try plan(disk) }
+    for net in configuration.nets where net.id == id { return try plan(net) }
+    for fileSystem in configuration.fileSystems where fileSystem.id == id { return try plan(fileSystem) }
+    for generic in configuration.generics where generic.id == id { return try plan(generic) }
+    for console in configuration.consoles where console.id == id {
+      return try plan(console: id, console.terminal, option: "console \(id)")
+    }
+    if let entropy = configuration.entropy, entropy.id == id { return try plan(entropy) }
+    throw .launch("There is no device '\(id)' in the configuration")
+  }
+
+  /// Opens it here, or takes the next of what has been opened.
+  private mutating func open(_ body: () throws(SupervisionError) -> OwnedFD) throws(SupervisionError) -> FDBox {
+    guard let next = opened?.first else {
+      if opened != nil { throw .launch("The spawner has opened less than the device needs") }
+      return FDBox(try body())
+    }
+    opened?.removeFirst()
+    return next
+  }
+
+  private mutating func plan(_ generic: VMConfiguration.GenericVhostUser) throws(SupervisionError) -> DevicePlan {
+    DevicePlan(assign(generic.id, generic.deviceType, generic.queueSizes), try external(generic.source, generic.id))
+  }
+
+  private mutating func plan(
+    console id: String, _ terminal: VMConfiguration.Terminal, option: String
+  ) throws(SupervisionError) -> DevicePlan {
+    let terminal = try planTerminal(terminal, option: option, lateID: option.hasPrefix("--") ? nil : id)
+    return DevicePlan(
+      assign(id, .console, [64, 64]),
+      .program(
+        "martlet-console", arguments: terminal.arguments, resources: terminal.resources, isOnTerminal: terminal.isOnTerminal))
   }
 
   private mutating func assign(
     _ id: String, _ type: DeviceID, _ queueSizes: [UInt16], own: FeatureSet = [], configuration: [UInt8] = []
   ) -> DeviceAssignment {
-    defer { nextSlot += 1 }
+    defer { if nextSlot != DeviceAssignment.anySlot { nextSlot += 1 } }
     var assignment = DeviceAssignment(
       id: id, deviceType: type, pciSlot: nextSlot, queueSizes: queueSizes, ownFeatures: own, configuration: configuration)
     let action = self.configuration.deathPolicy(of: id).action
@@ -96,7 +129,9 @@ struct DevicePlanner {
     switch disk.source {
     case .external(let source): return DevicePlan(assignment, try external(source, disk.id))
     case .image(let path, let readOnly):
-      let image = FDBox(try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id))
+      let image = try open { () throws(SupervisionError) in
+        try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id)
+      }
       var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)", "--queue-size=\(disk.queueSize)"]
       if readOnly { arguments.append("--read-only") }
       arguments += disk.backEndArguments
@@ -116,7 +151,7 @@ struct DevicePlanner {
     switch net.source {
     case .external(let source): return DevicePlan(assignment, try external(source, net.id))
     case .tap(let tap):
-      let queue = FDBox(try attach(tap, net: net.id))
+      let queue = try open { () throws(SupervisionError) in try Self.attach(tap, net: net.id) }
       return DevicePlan(
         assignment,
         .program("martlet-net", arguments: ["--tap-fd=\(firstResource)"], resources: [queue], isOnTerminal: false))
@@ -124,7 +159,7 @@ struct DevicePlanner {
   }
 
   /// The descriptor of the tap's queue. Never makes an interface.
-  private func attach(_ tap: String, net: String) throws(SupervisionError) -> OwnedFD {
+  private static func attach(_ tap: String, net: String) throws(SupervisionError) -> OwnedFD {
     do { return try TapDevice.open(tap).takeFD() } catch {
       switch error {
       case .badName, .missing: throw .tapMissing(net: net, tap: tap)
@@ -147,31 +182,36 @@ struct DevicePlanner {
   }
 
   private mutating func plan(_ entropy: VMConfiguration.Entropy) throws(SupervisionError) -> DevicePlan {
-    let source = FDBox(try HostFiles.randomSource(entropy.source))
+    let source = try open { () throws(SupervisionError) in try HostFiles.randomSource(entropy.source) }
     return DevicePlan(
       assign(entropy.id, .entropy, [64]),
       .program("martlet-template", arguments: ["--source-fd=\(firstResource)"], resources: [source], isOnTerminal: false))
   }
 
-  private func external(_ source: VMConfiguration.External, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {
+  private mutating func external(_ source: VMConfiguration.External, _ id: String) throws(SupervisionError) -> DevicePlan.BackEnd {
     let path: String
     switch source {
     case .socket(let socket): path = socket
     case .program(let program):
-      return .jailed(try JailedDevice(program, id: id, vm: configuration.name, host: host()))
+      // Behind our walls its profile cannot be read, and is not needed.
+      let host = opened == nil ? host() : nil
+      return .jailed(try JailedDevice(program, id: id, vm: configuration.name, host: host))
     }
     let deadline = Duration.milliseconds(configuration.deadlines.connect)
-    let socket = try attempt { () throws(SystemError) in
-      try UnixSocket.connect(to: path, timeout: deadline)
-    } or: {
-      .backendSocket(device: id, path: path, $0.errno)
+    let socket = try open { () throws(SupervisionError) in
+      try attempt { () throws(SystemError) in
+        try UnixSocket.connect(to: path, timeout: deadline)
+      } or: {
+        .backendSocket(device: id, path: path, $0.errno)
+      }
     }
-    return .external(FDBox(socket))
+    return .external(socket)
   }
 
   /// The host side of a console.
+  /// - Parameter id: of a device that is added while the VM runs.
   mutating func planTerminal(
-    _ terminal: VMConfiguration.Terminal, option: String
+    _ terminal: VMConfiguration.Terminal, option: String, lateID id: String? = nil
   ) throws(SupervisionError) -> TerminalPlan {
     let n = firstResource
     switch terminal {
@@ -183,15 +223,23 @@ struct DevicePlanner {
       return TerminalPlan(
         arguments: ["--tty-in-fd=\(n)", "--tty-out-fd=\(n + 1)"], resources: [input, output], isOnTerminal: true)
     case .pty:
-      let pty = try PseudoTerminal(option: option)
-      announcements.append("\(option.dropFirst(2)): \(pty.path)")
-      return TerminalPlan(arguments: ["--pty-fd=\(n)"], resources: [FDBox(pty.take())], isOnTerminal: false)
+      var path = ""
+      let master = try open { () throws(SupervisionError) in
+        let pty = try PseudoTerminal(option: option)
+        path = pty.path
+        return pty.take()
+      }
+      if !path.isEmpty { announcements.append("\(option.hasPrefix("--") ? String(option.dropFirst(2)) : option): \(path)") }
+      return TerminalPlan(arguments: ["--pty-fd=\(n)"], resources: [master], isOnTerminal: false)
     case .file(let path):
-      let file = try HostFiles.consoleFile(path, option: option)
-      return TerminalPlan(arguments: ["--file-fd=\(n)"], resources: [FDBox(file)], isOnTerminal: false)
+      let file = try open { () throws(SupervisionError) in try HostFiles.consoleFile(path, option: option) }
+      return TerminalPlan(arguments: ["--file-fd=\(n)"], resources: [file], isOnTerminal: false)
     case .socket(let path):
-      let listener = try guardian.listen(at: path, option: "\(option) socket")
-      return TerminalPlan(arguments: ["--listen-fd=\(n)"], resources: [FDBox(listener)], isOnTerminal: false)
+      let listener = try open { [guardian] () throws(SupervisionError) in
+        guard let id else { return try guardian.listen(at: path, option: "\(option) socket") }
+        return try guardian.listenLate(at: path, id: id)
+      }
+      return TerminalPlan(arguments: ["--listen-fd=\(n)"], resources: [listener], isOnTerminal: false)
     }
   }
 

@@ -43,7 +43,7 @@ enum HostFiles {
 
   /// The image of a disk opened anew for its next process, which may not use it before `claim` has succeeded.
   static func imageAgain(
-    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus
+    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus?
   ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd: OwnedFD
@@ -51,7 +51,7 @@ enum HostFiles {
       throw .file(what: what, path: path, error.errno)
     }
     let status = try examine(fd)
-    guard status.device == known.device, status.inode == known.inode else {
+    guard let known, status.device == known.device, status.inode == known.inode else {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     try clearNonBlocking(fd)
@@ -117,11 +117,11 @@ enum HostFiles {
   }
 
   /// Gives a disk's image a new length, if it is still the file that the VM has and is a regular one.
-  static func resize(_ path: String, to byteCount: UInt64, disk: String, sameAs known: FileStatus) throws(SupervisionError) {
+  static func resize(_ path: String, to byteCount: UInt64, disk: String, sameAs known: FileStatus?) throws(SupervisionError) {
     let what = "image of disk \(disk)"
     let fd = try open(path, O_RDWR | O_NONBLOCK, what: what)
     let status = try examine(fd)
-    guard status.device == known.device, status.inode == known.inode else {
+    guard let known, status.device == known.device, status.inode == known.inode else {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     guard status.kind == .regular else {

@@ -15,6 +15,8 @@ package struct Identities: Sendable {
   /// nil: we are not root and keep our ids.
   package let base: UInt32?
   private var used: UInt32 = 0
+  /// Of processes that are gone for good.
+  private var released: [ChildIdentity] = []
 
   package init(requested: UInt32?) throws(SupervisionError) {
     guard geteuid() == 0 else {
@@ -63,9 +65,20 @@ package struct Identities: Sendable {
   /// The next identity; nil when ids are kept.
   package mutating func next() -> ChildIdentity? {
     guard let base else { return nil }
+    if let identity = released.popLast() { return identity }
     precondition(used < Self.perVM, "A VM has fewer processes than identities.")
     defer { used += 1 }
     return ChildIdentity(uid: base + used, gid: base + used)
+  }
+
+  /// Its process is gone for good; another one may have it.
+  package mutating func release(_ identity: ChildIdentity) { released.append(identity) }
+
+  /// The identity with this number; nil when it is not a device's: the core's is the first, the supervisor's own follows those
+  /// that were used when its walls went up.
+  package func identity(of number: UInt32) -> ChildIdentity? {
+    guard let base, number > base, number - base < Self.perVM, number != base + used else { return nil }
+    return ChildIdentity(uid: number, gid: number)
   }
 
   private static func contains(_ ranges: [(first: UInt64, count: UInt64)], _ first: UInt32) -> Bool {

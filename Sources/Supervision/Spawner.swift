@@ -3,7 +3,7 @@ import Glibc
 import HostSystem
 
 /// A fork of the supervisor from the moment before its walls go up. It does what the supervisor may not any more, and only
-/// what was known at that moment: it starts a process of this VM again as it was started first, opens the image that such a
+/// what was known at that moment, or what a client has ordered since (`Spawner+Orders`): it starts a process of this VM again as it was started first, opens the image that such a
 /// process had, connects again to a back end's socket, gives an image a new length. It is asked by the device's id; programs, arguments, paths and ids are
 /// those it remembers.
 ///
@@ -11,7 +11,7 @@ import HostSystem
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy, startJailed, resize
+    case image, connect, tidy, startJailed, resize, order, forget
   }
 
   private enum Outcome: UInt8 {
@@ -96,9 +96,26 @@ final class Spawner {
   /// Unlinks files and puts the terminal right.
   func tidy() { _ = try? ask(.tidy, "") }
 
+  /// What the order in a client's connection asks for, opened; its process is known from here on.
+  func order(from client: CInt, _ identity: ChildIdentity?) throws(SupervisionError) -> Opened {
+    var (_, answer, received, text) = try askAll(.order, identity.map { String($0.uid) } ?? "", [client])
+    let statistics = answer & 2 != 0 ? received.popLast() : nil
+    return Opened(resources: received, text: text, takesIdentity: answer & 1 != 0, statistics: statistics)
+  }
+
+  /// The device is no longer the VM's.
+  func forget(_ id: String) { _ = try? ask(.forget, id) }
+
   private static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
 
   private func ask(_ order: Order, _ id: String, _ descriptors: [CInt] = []) throws(SupervisionError) -> (Outcome, Int32, [FDBox]) {
+    let (outcome, number, received, _) = try askAll(order, id, descriptors)
+    return (outcome, number, received)
+  }
+
+  private func askAll(
+    _ order: Order, _ id: String, _ descriptors: [CInt]
+  ) throws(SupervisionError) -> (Outcome, Int32, [FDBox], String) {
     guard case .bytes = UnixSocket.send(socket, [order.rawValue] + Array(id.utf8), descriptors: descriptors, waiting: false),
       (try? socket.waitUntil(.readable, timeout: Self.patience)) == true
     else { throw Self.lost }
@@ -107,7 +124,7 @@ final class Spawner {
     if outcome == .failed { throw .launch(String(decoding: bytes[5...], as: UTF8.self)) }
     var number: UInt32 = 0
     for index in 0..<4 { number |= UInt32(bytes[1 + index]) << (8 * UInt32(index)) }
-    return (outcome, Int32(bitPattern: number), received)
+    return (outcome, Int32(bitPattern: number), received, String(decoding: bytes[5...], as: UTF8.self))
   }
 
   /// nil: the other end is gone.
@@ -140,7 +157,7 @@ final class Spawner {
             throw unknown(id)
           }
           var launch = known.launch
-          launch.arguments.append(Supervisor.standbyArgument)
+          if supervisor.newLaunches.remove(id) == nil { launch.arguments.append(Supervisor.standbyArgument) }
           launch.descriptors = [null.rawValue, null.rawValue, 2] + received.map(\.number)
           let child = try supervisor.start(launch, known.program, asSibling: true)
           descriptors = [try copy(child.process.fd), try copy(child.report)]
@@ -168,6 +185,13 @@ final class Spawner {
           guard words.count == 2, let image = supervisor.cares[words[0]]?.image, let size = UInt64(words[1]) else { throw unknown(id) }
           try HostFiles.resize(image.path, to: size, disk: words[0], sameAs: image.status)
         case .tidy: supervisor.guardian.tidy()
+        case .order:
+          guard let client = received.first?.take() else { throw unknown("") }
+          let opened = try Self.serve(order: id, client, null: null.rawValue, supervisor)
+          descriptors = opened.resources + (opened.statistics.map { [$0] } ?? [])
+          text = opened.text
+          number = (opened.takesIdentity ? 1 : 0) | (opened.statistics == nil ? 0 : 2)
+        case .forget: supervisor.forget(id)
         case nil: throw unknown("")
         }
       } catch {
@@ -178,6 +202,7 @@ final class Spawner {
       // Numbers keep nothing open.
       withExtendedLifetime((received, descriptors)) {}
     }
+    supervisor.guardian.tidyAdded()
     _exit(0)
   }
 

@@ -16,6 +16,7 @@ extension Supervisor {
     control.flush(id)
     switch control.read(id) {
     case .closed(let number): loop.remove(number: number)
+    case .order(let line): handleOrder(line, from: id)
     case .lines(let lines): for line in lines { handleRequest(line, from: id) }
     }
     adjustClients()
@@ -41,6 +42,8 @@ extension Supervisor {
     case .stats: return tellStatistics(arguments.first, to: client)
     case .resizeDisk: return resizeDisk(arguments, for: client)
     case .events: return tellEvents(arguments, to: client)
+    case .add: return refuse(client, "An order to add a device is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
+    case .remove: return removeDevice(arguments, for: client)
     case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
     case .info: message = .information
     case .pause: message = .pause
@@ -72,7 +75,7 @@ extension Supervisor {
   func expireRequests(_ now: MonotonicTime) {
     while let index = pending.firstIndex(where: { $0.deadline <= now }) {
       let request = pending.remove(at: index)
-      refuse(request.client, "The core process did not answer '\(request.verb.rawValue)' in time")
+      refuse(request.client, request.lateAnswer ?? "The core process did not answer '\(request.verb.rawValue)' in time")
     }
   }
 
@@ -102,7 +105,7 @@ extension Supervisor {
       members.append(
         .init("counters", .object(information.counters.map { .init($0.name, .unsigned($0.value)) })))
     }
-    members.append(.init("processes", .array(processes.map { .object(describe($0)) })))
+    members.append(.init("processes", .array(processes.filter { !$0.isRetired }.map { .object(describe($0)) })))
     return .object(members)
   }
 

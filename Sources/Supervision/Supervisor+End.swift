@@ -48,6 +48,7 @@ extension Supervisor {
     case .endingCore(let time), .endingDevices(let time, _): consider(time)
     case .running:
       if let first = quietEnds.first { consider(first.deadline) }
+      if let time = nextHotPlugStep() { consider(time) }
       for care in cares.values { if let time = care.nextStep(ready: configuration.deadlines.ready) { consider(time) } }
     case .ended: break
     }
@@ -95,6 +96,7 @@ extension Supervisor {
     case .running:
       try reportQuietEnds(now)
       restartDue(now)
+      hotPlugDue(now)
     default: break
     }
   }

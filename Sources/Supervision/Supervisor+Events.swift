@@ -100,7 +100,7 @@ extension Supervisor {
   private func handleEnd(_ index: Int) throws(SupervisionError) {
     let process = processes[index]
     // What a process said last comes before its end.
-    if index == coreIndex { try drainChannel() }
+    if index == coreIndex || phase == .running { try drainChannel() }
     // A word of READY may still be in the pipe of a process that ended right after it.
     if let number = process.readyNumber {
       loop.remove(number: number)
@@ -117,6 +117,8 @@ extension Supervisor {
       if end == .exited(code: 1) { throw .endedEarly(process: process.id, program: process.program, end: end) }
       throw .coreLost(end)
     case .running where index == coreIndex: throw .coreLost(end)
+    case .running where departing(process) != nil: if let id = departing(process) { finishDeparture(id) }
+    case .running where additions[process.id] != nil: abandon(process.id, "\(process.program) of \(process.id) \(end) before it was ready")
     case .starting, .running:
       if end == .exited(code: 0) {
         // Usually because its socket ended: the core is dying, and a process closes its files before it can be waited
@@ -176,8 +178,9 @@ extension Supervisor {
     case .started:
       guestHasStarted = true
       try goOnStarting()
-    case .done, .refused, .information:
-      if !answerReattach(sequence, message) { answer(sequence, message) }
+    case .done, .refused, .information, .plugged:
+      if !answerAddition(sequence, message), !answerReattach(sequence, message) { answer(sequence, message) }
+    case .unplugged(let id): deviceIsUnplugged(id)
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)
       if report.state == .connected || report.state == .active, old == nil || old?.state == .connecting { note(.connected, report.id) }
@@ -204,14 +207,14 @@ extension Supervisor {
   }
 
   /// The core knows no paths; we add the one that its sentence is about.
-  private func explained(_ kind: CoreMessage.FailureKind, _ sentence: String) -> String {
+  func explained(_ kind: CoreMessage.FailureKind, _ sentence: String) -> String {
     var text = Substring(sentence)
     if text.last == "." { text.removeLast() }
     switch kind {
     case .input where text.hasPrefix("Kernel"): return "'\(configuration.kernel)': \(text)"
     case .input where text.hasPrefix("Initramfs"): return "'\(configuration.initramfs ?? "")': \(text)"
     case .device:
-      for assignment in assignments where text.hasPrefix("Device \(assignment.id): ") {
+      for assignment in assignments + additions.values.map(\.assignment) where text.hasPrefix("Device \(assignment.id): ") {
         guard let path = configuration.externalSocket(of: assignment.id) else { continue }
         return "Back end of \(assignment.id) at '\(path)': \(text.dropFirst("Device \(assignment.id): ".count)); "
           + "is it a vhost-user back end of type \(assignment.deviceType)?"

@@ -5,7 +5,7 @@ import Sandbox
 
 /// Death of a back end under a running guest (protocol/recovery.md).
 extension Supervisor {
-  func care(for device: DevicePlan) throws(SupervisionError) -> DeviceCare {
+  func care(for device: DevicePlan, isOpenedHere: Bool = true) throws(SupervisionError) -> DeviceCare {
     let id = device.assignment.id
     let policy = configuration.deathPolicy(of: id)
     switch device.backEnd {
@@ -16,7 +16,8 @@ extension Supervisor {
       for disk in configuration.disks where disk.id == id {
         if case .image(let path, let readOnly) = disk.source, let resource = resources.first {
           image = DeviceCare.Image(
-            path: path, readOnly: readOnly, isShared: disk.isShared, status: try HostFiles.status(resource.number))
+            path: path, readOnly: readOnly, isShared: disk.isShared,
+            status: isOpenedHere ? try HostFiles.status(resource.number) : nil)
         }
       }
       return DeviceCare(id, .program(program, arguments: arguments, isOnTerminal: isOnTerminal), policy, image: image)

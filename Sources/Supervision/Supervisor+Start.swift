@@ -139,39 +139,32 @@ extension Supervisor {
   ///   - null: /dev/null; -1 behind our walls, where the spawner has it.
   ///   - dead: the process whose place in the list it takes.
   ///   - spareOf: the process beside which it waits, and whose id it has.
+  ///   - isNew: it is the first of its device, with this identity, whatever had its place in the list.
   func startBackEnd(
     _ id: String, _ program: String, _ arguments: [String], socket: CInt, _ resources: [FDBox],
-    null: CInt, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil, spareOf served: Int? = nil
+    null: CInt, queueCount: Int = 1, isOnTerminal: Bool, inPlaceOf dead: Int? = nil, spareOf served: Int? = nil,
+    isNew: Bool = false, identity: ChildIdentity? = nil
   ) throws(SupervisionError) -> Int {
-    var threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
-    // They are counted by uid.
-    if cares[id]?.policy.hasSpare == true { threadLimit *= 2 }
     var ends: [CInt] = [-1, -1]
     // SAFETY: room for the two numbers that the call stores.
     let result = unsafe clinux_pipe(&ends, O_CLOEXEC | O_NONBLOCK)
     if result < 0 { throw .system(SystemError("make a pipe", Errno(-result))) }
     let reading = OwnedFD(owning: ends[0])
     let writing = OwnedFD(owning: ends[1])
-    var arguments = arguments
+    let isFirst = isNew || (dead == nil && served == nil)
+    let identity = isNew ? identity : isFirst ? identities.next() : processes[served ?? dead ?? 0].identity
+    var launch = backEndLaunch(
+      id, program, arguments, resourceCount: resources.count, queueCount: queueCount, isOnTerminal: isOnTerminal, identity: identity)
+    if !isFirst { launch.arguments.append(Self.standbyArgument) }
     var resources = resources
     var escapeLine: FDBox?
-    if cares[id] != nil, let memory = try statisticsMemory(of: id, queueCount: queueCount) {
-      arguments.append("--stats-fd=\(firstResource + resources.count)")
-      resources.append(memory.file)
-    }
+    if cares[id] != nil, let memory = try statisticsMemory(of: id, queueCount: queueCount) { resources.append(memory.file) }
     if isOnTerminal {
       let pair = try Self.pair(.stream)
-      arguments.append("--control-fd=\(firstResource + resources.count)")
       resources.append(FDBox(pair.second))
       escapeLine = FDBox(pair.first)
     }
-    let isFirst = dead == nil && served == nil
-    if !isFirst { arguments.append(Self.standbyArgument) }
-    let launch = ChildLaunch(
-      arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
-      descriptors: [null, null, 2, socket, writing.rawValue] + resources.map(\.number),
-      identity: isFirst ? identities.next() : processes[served ?? dead ?? 0].identity, fileLimit: Self.deviceFileLimit,
-      parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL, namespaces: walls.namespaces, threadLimit: threadLimit)
+    launch.descriptors = [null, null, 2, socket, writing.rawValue] + resources.map(\.number)
     let index = try launchProcess(
       id, program, launch, readyPipe: reading, isOnTerminal: isOnTerminal, inPlaceOf: dead, isSpare: served != nil)
     if let escapeLine {
@@ -185,6 +178,28 @@ extension Supervisor {
 
   /// Said to every process of a device but its first.
   static let standbyArgument = "--standby"
+
+  /// How a device program is started, but for its descriptors: behind its own come that of its statistics and, on a terminal,
+  /// the line of the escape key.
+  func backEndLaunch(
+    _ id: String, _ program: String, _ arguments: [String], resourceCount: Int, queueCount: Int, isOnTerminal: Bool,
+    identity: ChildIdentity?
+  ) -> ChildLaunch {
+    var arguments = arguments
+    var next = firstResource + resourceCount
+    if cares[id] != nil {
+      arguments.append("--stats-fd=\(next)")
+      next += 1
+    }
+    if isOnTerminal { arguments.append("--control-fd=\(next)") }
+    var threadLimit = UInt64(queueCount) * Self.threadsPerQueue + Self.spareThreads
+    // They are counted by uid.
+    if cares[id]?.policy.hasSpare == true { threadLimit *= 2 }
+    return ChildLaunch(
+      arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
+      descriptors: [], identity: identity, fileLimit: Self.deviceFileLimit, parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL,
+      namespaces: walls.namespaces, threadLimit: threadLimit)
+  }
 
   @discardableResult
   private func launchProcess(
@@ -248,6 +263,7 @@ extension Supervisor {
   /// A back end said READY: its socket goes to the core, and our copy is closed.
   func handOver(_ index: Int) throws(SupervisionError) {
     guard let waiting = waitingSockets.removeValue(forKey: index) else { return try successorIsReady(index) }
+    if phase == .running { return try handOverAddition(waiting.assignment.id, waiting.socket) }
     guard phase == .starting else { return }
     try send(.device(waiting.assignment), [waiting.socket.number])
     waiting.socket.close()

@@ -9,12 +9,22 @@ final class StatisticsMemory {
   private let mapping: MemoryMapping
   private let queueCount: Int
 
-  init(queueCount: Int) throws(SystemError) {
-    self.queueCount = queueCount
-    let size = queueCount * QueueStatistics.pageByteCount
-    let memory = try SharedMemory.sealed(name: "statistics", byteCount: UInt64(size))
-    mapping = try .shared(memory, byteCount: size, writable: false)
-    file = FDBox(memory)
+  convenience init(queueCount: Int) throws(SystemError) {
+    let count = max(queueCount, 8)
+    let memory = try SharedMemory.sealed(name: "statistics", byteCount: UInt64(count * QueueStatistics.pageByteCount))
+    try self.init(FDBox(memory), count: count)
+  }
+
+  /// Memory that the spawner has made: behind our walls none can be.
+  convenience init(adopting file: FDBox, queueCount: Int) throws(SystemError) {
+    try self.init(file, count: max(queueCount, 8))
+  }
+
+  private init(_ file: FDBox, count: Int) throws(SystemError) {
+    queueCount = count
+    guard let memory = file.take() else { throw SystemError("map statistics", .invalid) }
+    mapping = try .shared(memory, byteCount: count * QueueStatistics.pageByteCount, writable: false)
+    self.file = FDBox(memory)
   }
 
   var queues: [QueueStatisticsCopy] { (0..<queueCount).compactMap { QueueStatisticsCopy(mapping, page: $0) } }
@@ -26,7 +36,7 @@ extension Supervisor {
   func statisticsMemory(of id: String, queueCount: Int) throws(SupervisionError) -> StatisticsMemory? {
     if let memory = statistics[id] { return memory }
     let memory = try attempt { () throws(SystemError) in
-      try StatisticsMemory(queueCount: max(queueCount, 8))
+      try StatisticsMemory(queueCount: queueCount)
     } or: {
       .system($0)
     }

@@ -39,9 +39,12 @@ package final class Supervisor {
     let client: Int
     let verb: ControlVerb
     let deadline: MonotonicTime
+    /// Of `remove`: the device, and what to say when it takes too long.
+    var device: String?
+    var lateAnswer: String?
   }
 
-  let configuration: VMConfiguration
+  var configuration: VMConfiguration
   /// Until our own walls stand.
   var programs: Programs?
   /// Under which uid the VM was started.
@@ -72,6 +75,8 @@ package final class Supervisor {
   /// Process ids of jailed programs, to find their sockets by.
   var jailedNumbers: [String: Int32] = [:]
   var knownLaunches: [String: (program: String, launch: ChildLaunch)] = [:]
+  /// In the spawner: of these no process has been started yet.
+  var newLaunches: Set<String> = []
   /// Once our own walls stand.
   var spawner: Spawner?
   /// Where the processes of our own count, by device.
@@ -83,6 +88,12 @@ package final class Supervisor {
   var guestHasStarted = false
   /// When nothing was left to wait for but the core.
   var handOverTime: MonotonicTime?
+
+  /// Devices that come, and those that go, by id.
+  var additions: [String: Addition] = [:]
+  var departures: [String: Departure] = [:]
+  /// Places in `processes` of devices that are gone.
+  var vacancies: [Int] = []
 
   /// Devices that exited with 0 while the VM runs, and when that is worth telling.
   var quietEnds: [(index: Int, deadline: MonotonicTime)] = []
@@ -135,6 +146,7 @@ package final class Supervisor {
     } catch { fail(error) }
     for process in processes { process.kill() }
     control = nil
+    for console in configuration.consoles { if let spawner { spawner.forget(console.id) } else { forget(console.id) } }
     // A guardian that was killed is stood in for.
     if !guardian.restore() {
       if let spawner { spawner.tidy() } else { guardian.tidy() }

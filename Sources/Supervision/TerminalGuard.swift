@@ -11,6 +11,9 @@ final class TerminalGuard {
   /// Descriptor of the terminal whose settings were saved, or -1.
   private let terminal: CInt
   private var files: [(path: String, status: FileStatus)] = []
+  /// Sockets of devices that were added while the VM runs, by device: the guardian takes no file any more, the spawner
+  /// unlinks them.
+  private var added: [(id: String, path: String, status: FileStatus)] = []
   private var guardian: ProcessHandle?
   private var hasGuardian = false
   private var pipe: OwnedFD?
@@ -135,15 +138,38 @@ final class TerminalGuard {
     }
   }
 
+  /// Listens at the path of a device that is added.
+  func listenLate(at path: String, id: String) throws(SupervisionError) -> OwnedFD {
+    do {
+      let fd = try UnixSocket.listen(at: path)
+      csandbox_outlive()
+      added.append((id, path, try OwnedFD.open(path, pathOnly | noFollow).status()))
+      return fd
+    } catch { throw .ownSocket(option: "console \(id)", path: path, error.errno) }
+  }
+
+  /// The device is gone, and its socket with it.
+  func forget(_ id: String) {
+    for file in added where file.id == id { Self.unlink(file.path, if: file.status) }
+    added.removeAll { $0.id == id }
+  }
+
+  /// What was added, at the end.
+  func tidyAdded() { for file in added { Self.unlink(file.path, if: file.status) } }
+
+  /// Only while it is still ours.
+  private static func unlink(_ path: String, if status: FileStatus) {
+    guard let fd = try? OwnedFD.open(path, pathOnly | noFollow), let now = try? fd.status(), now.device == status.device,
+      now.inode == status.inode
+    else { return }
+    // SAFETY: the path is a NUL-terminated copy that lives for the call.
+    _ = unsafe Glibc.unlink(path)
+  }
+
   /// The guardian's part, for a process that may open files.
   func tidy() {
     for file in files {
-      // Only while it is still ours.
-      guard let fd = try? OwnedFD.open(file.path, pathOnly | noFollow), let now = try? fd.status(),
-        now.device == file.status.device, now.inode == file.status.inode
-      else { continue }
-      // SAFETY: the path is a NUL-terminated copy that lives for the call.
-      _ = unsafe unlink(file.path)
+      Self.unlink(file.path, if: file.status)
     }
     if terminal >= 0 {
       // SAFETY: `settings` was filled in `init`.

@@ -101,6 +101,14 @@ final class VMProcess {
     return end
   }
 
+  /// Its device is gone for good. It has no name any more; whoever comes next may have its ids.
+  func retire() -> ChildIdentity? {
+    id = ""
+    return identity
+  }
+
+  var isRetired: Bool { id.isEmpty }
+
   func signal(_ number: CInt) { if isAlive { process.signal(number) } }
 
   /// Kills and collects it.

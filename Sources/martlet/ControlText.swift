@@ -14,6 +14,8 @@ enum ControlText {
     case .stats: statistics(answer)
     case .resizeDisk: "the guest is told\n"
     case .events: (answer["events"]?.array ?? []).map(event).joined()
+    case .add: "\(answer["id"]?.string ?? "") is in slot \(number(answer["slot"]))\n" + (answer["text"]?.string.map { $0 + "\n" } ?? "")
+    case .remove: "\(answer["id"]?.string ?? "") is removed\n"
     }
   }
 

@@ -1,4 +1,5 @@
 import ControlProtocol
+import Glibc
 import HostSystem
 
 let controlVerb = Verb(
@@ -25,18 +26,32 @@ struct ControlRequest {
   private let verb: ControlVerb
   private let words: [String]
   private let isJSON: Bool
+  private let patience: Duration
 
   init(_ arguments: [String]) throws(ConfigurationError) {
     var path: String?
     var verb: ControlVerb?
     var words: [String] = []
     var isJSON = false
+    var removal: [String] = []
+    var patience = Duration.seconds(10)
     var rest = arguments[...]
     let example = "--control web1.ctl"
     let names = ControlVerb.allCases.map(\.rawValue)
     while let word = rest.popFirst() {
       if word == "--json" {
         isJSON = true
+      } else if verb == .remove, word == "--force" {
+        removal.append("force")
+      } else if verb == .remove, word == "--timeout" || word.hasPrefix("--timeout=") {
+        guard let value = word == "--timeout" ? rest.popFirst() : String(word.dropFirst("--timeout=".count)),
+          let number = Quantity.unsigned(value), (1...VMConfiguration.Limits.milliseconds).contains(number)
+        else {
+          throw .badValue(
+            place: "--timeout", value: rest.first ?? "", expected: "milliseconds from 1 to \(VMConfiguration.Limits.milliseconds)")
+        }
+        removal.append("timeout=\(number)")
+        patience = .milliseconds(Int64(number) + 10_000)
       } else if word == "--control" {
         guard let value = rest.popFirst(), !value.hasPrefix("--") else {
           throw .missingValue(option: "control", example: example)
@@ -48,12 +63,16 @@ struct ControlRequest {
         words.append(word)
       } else if word.hasPrefix("--") {
         let name = String(word.dropFirst(2))
-        throw .unknownOption(name, nearest: EditDistance.nearest(to: name, in: ["control", "json"]))
+        let known = ["control", "json"] + (verb == .remove ? ["force", "timeout"] : [])
+        throw .unknownOption(name, nearest: EditDistance.nearest(to: name, in: known))
       } else if let known = ControlVerb(rawValue: word), verb == nil {
         verb = known
       } else if verb == nil {
         throw .unknownRequest(word, nearest: EditDistance.nearest(to: word, in: names), known: names)
-      } else if let verb, verb != .events, words.count < verb.arguments.count, !word.isEmpty, !word.contains(" "), !word.contains("\n") {
+      } else if let verb, verb != .events, words.count < (verb == .remove ? 1 : verb.arguments.count), !word.isEmpty,
+        verb == .add || !word.contains(" "),
+        !word.contains("\n")
+      {
         words.append(word)
       } else {
         throw .unexpectedArgument(word)
@@ -70,8 +89,22 @@ struct ControlRequest {
     }
     self.path = path
     self.verb = verb
-    self.words = words
+    // What follows is started, or asked of the guest.
+    if verb == .add || (verb == .remove && patience == .seconds(10)) { patience = .seconds(30) }
+    if verb == .add {
+      let order = try DeviceOrder(words: words.joined(separator: " "))
+      words = [order.kind.rawValue, order.absolute(from: Self.directory).value]
+    }
+    self.words = words + removal
+    self.patience = patience
     self.isJSON = isJSON
+  }
+
+  private static var directory: String {
+    // SAFETY: getcwd allocates, we free.
+    guard let path = unsafe getcwd(nil, 0) else { return "" }
+    defer { unsafe free(path) }
+    return unsafe String(cString: path)
   }
 
   func perform() -> ExitCode {
@@ -79,7 +112,7 @@ struct ControlRequest {
     do throws(SystemError) {
       let line = try LineSocket(path)
       try line.send(([verb.rawValue] + words).joined(separator: " "))
-      guard let first = try line.next(within: .seconds(10)) else {
+      guard let first = try line.next(within: patience) else {
         throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
       }
       answer = first

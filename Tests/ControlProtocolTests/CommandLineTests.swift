@@ -254,7 +254,7 @@ private func complaint(_ arguments: String...) -> String? {
 
   @Test func thirtyOneDevicesAreTooMany() {
     let disks = (0..<31).flatMap { ["--disk", "path=\($0)"] }
-    #expect(throws: ConfigurationError.tooMany(what: "devices", count: 32, limit: 30)) {
+    #expect(throws: ConfigurationError.tooMany(what: "devices", count: 32, limit: 31)) {
       try VMConfiguration(arguments: ["--kernel", "k"] + disks)
     }
   }

@@ -7,6 +7,7 @@ private let configuration = CoreConfiguration(
   restartsOnReset: false, replyDeadline: 5000)
 
 private let toCore: [SupervisorMessage] = [
+  .unplug(id: "blk1", isForced: true),
   .configure(configuration),
   .device(DeviceAssignment(id: "blk0", deviceType: .block, pciSlot: 1, queueSizes: [256, 128])),
   .device(
@@ -17,6 +18,7 @@ private let toCore: [SupervisorMessage] = [
 ]
 
 private let toSupervisor: [CoreMessage] = [
+  .plugged(slot: 31), .unplugged(id: "blk1"),
   .ready, .started, .done, .refused("No."), .guest(.poweredOff), .guest(.crashed), .failed(.device, "Gone."),
   .information(
     VMInformation(state: .paused, resetCount: 3, uptime: .max, counters: [.init(name: "exits", value: 7)])),

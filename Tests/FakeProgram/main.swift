@@ -123,6 +123,13 @@ final class FakeCore {
         while true { sleep(60) }
       default: send(.ready, sequence)
       }
+    case .unplug(let id, _):
+      devices.removeAll { $0.id == id }
+      send(.unplugged(id: id))
+      send(.done, sequence)
+    case .device(let device) where device.pciSlot == DeviceAssignment.anySlot:
+      devices.append(device)
+      send(.plugged(slot: UInt8(devices.count)), sequence)
     case .device(let device):
       devices.append(device)
       report(device, .connecting)

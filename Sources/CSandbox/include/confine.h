@@ -26,6 +26,9 @@ int csandbox_confine(const struct csandbox_confinement *confinement, int *step);
 // parent the child's process id, or -errno.
 int csandbox_fork_helper(const char *title, const int *kept, int count);
 
+// Such a process ends by itself when the caller is gone, and is not killed then: it has something to put right first.
+void csandbox_outlive(void);
+
 // Steps shared with the launch (launch.c): 0 or errno.
 int csandbox_map_user(uint32_t uid, uint32_t gid);
 int csandbox_enter_empty_root(void);

@@ -9,7 +9,7 @@ final class JailedDevice {
   private let configuration: VMConfiguration.JailedProgram
   private let profile: JailProfile
   private let defines: [String: String]
-  private let host: HostWalls
+  private let host: HostWalls?
   /// The program's name without its directory, for people.
   let name: String
 
@@ -18,12 +18,17 @@ final class JailedDevice {
   static let socketPath = "/run/vhost-user.sock"
   private static let descriptor: Int32 = 3
 
-  /// Reads the profile. What stands in it is checked by `plan`.
-  init(_ configuration: VMConfiguration.JailedProgram, id: String, vm: String, host: HostWalls) throws(SupervisionError) {
+  /// Reads the profile. What stands in it is checked by `plan`. Without the host's walls: what the spawner has planned.
+  init(_ configuration: VMConfiguration.JailedProgram, id: String, vm: String, host: HostWalls?) throws(SupervisionError) {
     self.id = id
     self.configuration = configuration
     self.host = host
     name = configuration.words[0].split(separator: "/").last.map(String.init) ?? configuration.words[0]
+    guard host != nil else {
+      profile = JailProfile(file: configuration.profile)
+      defines = [:]
+      return
+    }
     do throws(JailError) { profile = try JailProgram.load(configuration.profile) } catch { throw .jail(id, error) }
     var defines = ["id": id, "name": vm]
     if let path = configuration.path {
@@ -41,6 +46,7 @@ final class JailedDevice {
   /// Everything checked against this host; nothing is started.
   /// - Parameter socket: what becomes the program's descriptor 3; nil when it makes its socket itself.
   func plan(_ identity: ChildIdentity?, null: CInt, socket: CInt?) throws(SupervisionError) -> JailPlan {
+    guard let host else { throw .launch("The jail of \(id) is the spawner's") }
     var values = defines
     values["fd"] = String(Self.descriptor)
     values["listen"] = String(Self.descriptor)
@@ -140,15 +146,18 @@ extension Supervisor {
   /// - Parameters:
   ///   - null: /dev/null; -1 behind our walls, where the spawner has it.
   ///   - dead: the process whose place it takes.
-  func startJailed(_ device: JailedDevice, null: CInt, inPlaceOf dead: Int? = nil) throws(SupervisionError) -> (index: Int, ours: FDBox?) {
+  ///   - isNew: the place is that of another device.
+  func startJailed(
+    _ device: JailedDevice, null: CInt, inPlaceOf dead: Int? = nil, isNew: Bool = false, identity given: ChildIdentity? = nil
+  ) throws(SupervisionError) -> (index: Int, ours: FDBox?) {
     let started: (child: FDChild, ours: FDBox?, walls: JailWalls?)
     let identity: ChildIdentity?
     if let spawner {
-      identity = dead.flatMap { processes[$0].identity }
+      identity = isNew ? given : dead.flatMap { processes[$0].identity }
       let (child, ours) = try spawner.startJailed(device.id)
-      started = (child, ours, dead.flatMap { processes[$0].jail })
+      started = (child, ours, isNew ? JailWalls() : dead.flatMap { processes[$0].jail })
     } else {
-      identity = knownJailed[device.id]?.identity ?? (device.keepsIdentity ? nil : identities.next())
+      identity = knownJailed[device.id]?.identity ?? (device.keepsIdentity ? nil : given ?? identities.next())
       let (child, ours, walls) = try launchJailed(device, identity, null: null, asSibling: false)
       knownJailed[device.id] = (device, identity)
       started = (child, ours, walls)

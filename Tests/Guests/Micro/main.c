@@ -12,7 +12,7 @@ static const struct {
     {"boot", test_boot}, {"exits", test_exits}, {"smp", test_smp}, {"memory", test_memory},
     {"idle", test_idle}, {"reset", test_reset}, {"pci", test_pci}, {"msix", test_msix}, {"blk", test_blk},
     {"kick", test_kick}, {"irq", test_irq}, {"registers", test_registers}, {"fuzz", test_fuzz}, {"net", test_net},
-    {"console", test_console}, {"ring", test_ring}, {"rng", test_rng},
+    {"console", test_console}, {"ring", test_ring}, {"rng", test_rng}, {"hotplug", test_hotplug},
 };
 
 // The loader's copy may lie where a test writes; ours is safe.

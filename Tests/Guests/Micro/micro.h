@@ -120,4 +120,4 @@ _Noreturn void power_off(void);
 // ---- tests (one per file); each reports lines of its own
 void test_boot(void), test_exits(void), test_memory(void), test_smp(void), test_idle(void), test_reset(void);
 void test_registers(void), test_pci(void), test_msix(void), test_kick(void), test_irq(void), test_fuzz(void);
-void test_ring(void), test_blk(void), test_net(void), test_console(void), test_rng(void);
+void test_ring(void), test_blk(void), test_net(void), test_console(void), test_rng(void), test_hotplug(void);

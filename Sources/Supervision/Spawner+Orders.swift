@@ -1,0 +1,124 @@
+import CLinux
+import ControlProtocol
+import Glibc
+import HostSystem
+
+/// Orders that name something new of the host. The spawner takes none from the supervisor, which may be somebody else by now:
+/// it reads them from the connection of the client who gave them, whose user the kernel vouches for.
+extension Spawner {
+  /// What an order brought.
+  struct Opened {
+    /// What the planner asks for, in its order.
+    let resources: [FDBox]
+    /// For the person, such as the path of a pseudo-terminal.
+    let text: String
+    /// Whether a process of ours, or one in a jail, takes the id that was offered.
+    let takesIdentity: Bool
+    /// Where its process counts; nil where none of ours does.
+    var statistics: FDBox?
+  }
+
+  /// Longer orders are refused.
+  static let orderLimit = 4096
+
+  /// The line that waits in a client's connection, without its end; nothing is taken out.
+  static func waitingLine(_ client: borrowing OwnedFD) -> [UInt8]? {
+    let bytes = UnixSocket.peek(client, limit: orderLimit)
+    return bytes.firstIndex(of: 10).map { Array(bytes[..<$0]) }
+  }
+
+  /// Who may give orders: root, and whoever started the VM. Not the supervisor, which could connect to itself.
+  static func check(_ client: borrowing OwnedFD, _ supervisor: Supervisor) throws(SupervisionError) {
+    guard let peer = try? UnixSocket.peer(of: client), peer.uid == 0 || peer.uid == supervisor.userID, peer.pid != getppid() else {
+      throw .launch("Only root and the user who started the VM can add devices to it")
+    }
+  }
+
+  /// One of this VM's ids that none of its processes has.
+  static func identity(_ text: String, _ supervisor: Supervisor) throws(SupervisionError) -> ChildIdentity? {
+    guard let number = UInt32(text) else { return nil }
+    let known = supervisor.knownLaunches.values.map(\.launch.identity) + supervisor.knownJailed.values.map(\.identity)
+    guard let identity = supervisor.identities.identity(of: number), !known.contains(identity) else {
+      throw .launch("The id \(number) is not free in this VM")
+    }
+    return identity
+  }
+
+  /// Carries out an order in the spawner: opens what it names, and remembers how its process is started.
+  static func serve(
+    order offered: String, _ client: borrowing OwnedFD, null: CInt, _ supervisor: Supervisor
+  ) throws(SupervisionError) -> Opened {
+    try check(client, supervisor)
+    guard let line = waitingLine(client).flatMap({ String(validating: $0, as: UTF8.self) }) else {
+      throw .launch("The order has not come in one piece, or is too long")
+    }
+    let identity = try identity(offered, supervisor)
+    let words = line.split(separator: " ", maxSplits: 1).map(String.init)
+    guard words.count == 2, words[0] == DeviceOrder.verb else { throw .launch("This is no order to add a device") }
+    let (plan, text) = try supervisor.plan(Supervisor.order(words[1]), opened: nil)
+    let id = plan.assignment.id
+    do throws(SupervisionError) {
+      switch plan.backEnd {
+      case .external(let socket): return Opened(resources: [socket], text: text, takesIdentity: false)
+      case .jailed(let jailed):
+        let identity = jailed.keepsIdentity ? nil : identity
+        _ = try jailed.plan(identity, null: null, socket: null)
+        supervisor.knownJailed[id] = (jailed, identity)
+        return Opened(resources: [], text: text, takesIdentity: !jailed.keepsIdentity)
+      case .program(let program, let arguments, let resources, let isOnTerminal):
+        let launch = supervisor.backEndLaunch(
+          id, program, ["--fd=3"] + arguments, resourceCount: resources.count, queueCount: plan.assignment.queueSizes.count,
+          isOnTerminal: isOnTerminal, identity: identity)
+        supervisor.knownLaunches[id] = (program, launch)
+        supervisor.newLaunches.insert(id)
+        let statistics = try attempt { () throws(SystemError) in
+          try StatisticsMemory(queueCount: plan.assignment.queueSizes.count)
+        } or: {
+          .system($0)
+        }
+        return Opened(resources: resources, text: text, takesIdentity: true, statistics: statistics.file)
+      }
+    } catch {
+      supervisor.forget(id)
+      throw error
+    }
+  }
+}
+
+extension Supervisor {
+  static func order(_ words: String) throws(SupervisionError) -> DeviceOrder {
+    do { return try DeviceOrder(words: words) } catch { throw .launch(error.message) }
+  }
+
+  /// Plans one more device and takes it into the configuration; when that fails, nothing has changed.
+  /// - Parameter opened: what the spawner has opened for it; nil to open it here.
+  func plan(_ order: DeviceOrder, opened: [FDBox]?) throws(SupervisionError) -> (plan: DevicePlan, text: String) {
+    let before = configuration
+    let after: (configuration: VMConfiguration, id: String)
+    do { after = try before.adding(order) } catch { throw .launch(error.message) }
+    do throws(SupervisionError) {
+      configuration = after.configuration
+      var patient = configuration
+      // Others wait meanwhile: who does not accept at once is not there.
+      patient.deadlines.connect = min(patient.deadlines.connect, 200)
+      var planner = DevicePlanner(configuration: patient, guardian: guardian, host: { [self] in hostWalls() }, opened: opened)
+      let plan = try planner.planDevice(after.id)
+      cares[after.id] = try care(for: plan, isOpenedHere: opened == nil)
+      return (plan, planner.announcements.joined(separator: "; "))
+    } catch {
+      configuration = before
+      throw error
+    }
+  }
+
+  /// The device is no longer the VM's.
+  func forget(_ id: String) {
+    configuration = configuration.removing(id)
+    cares[id] = nil
+    knownLaunches[id] = nil
+    knownJailed[id] = nil
+    jailedNumbers[id] = nil
+    newLaunches.remove(id)
+    guardian.forget(id)
+  }
+}
