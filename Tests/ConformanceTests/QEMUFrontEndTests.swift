@@ -1,4 +1,5 @@
 import Foundation
+import TestSupport
 import Testing
 
 /// QEMU as the front end of our block back end: its firmware finds the disk, boots from it, reads, writes and resets.
@@ -54,5 +55,57 @@ import Testing
     #expect(machine.terminationStatus == 0x21)
     #expect(try disk.imageBytes(512..<530) == [3] + Array("through the queue".utf8))
     #expect(disk.process.isRunning)
+  }
+
+  @Test("QEMU is killed, and then both it and the disk's process: what comes next goes on", .timeLimit(.minutes(3)))
+  func eitherSideIsKilled() throws {
+    let qemu = "/usr/bin/qemu-system-x86_64"
+    guard FileManager.default.isExecutableFile(atPath: qemu), BuiltPrograms.exists("martlet-block") else {
+      print("Skipped: needs \(qemu) and martlet-block")
+      return
+    }
+    let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
+    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    defer { try? FileManager.default.removeItem(atPath: folder) }
+    try Data(Self.bootSector + [UInt8](repeating: 0, count: (1 << 20) - 512)).write(to: URL(fileURLWithPath: folder + "/disk.img"))
+    func startDisk() throws -> RunningProgram {
+      unlink(folder + "/socket")
+      let disk = try RunningProgram(
+        BuiltPrograms.path("martlet-block"), ["--socket-path=\(folder)/socket", "--blk-file=\(folder)/disk.img"])
+      for _ in 0..<2000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
+      return disk
+    }
+    func startMachine() throws -> RunningProgram {
+      try RunningProgram(
+        qemu,
+        [
+          "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "64", "-object",
+          "memory-backend-memfd,id=memory,size=64M,share=on", "-numa", "node,memdev=memory", "-chardev",
+          "socket,id=disk,path=\(folder)/socket", "-device",
+          "vhost-user-blk-pci,chardev=disk,bootindex=0,disable-legacy=on", "-device", "isa-debug-exit,iobase=0x501",
+        ])
+    }
+    func count() -> UInt8 {
+      guard let file = FileHandle(forReadingAtPath: folder + "/disk.img") else { return 0 }
+      try? file.seek(toOffset: 512)
+      return (try? file.read(upToCount: 1))?.first ?? 0
+    }
+    var disk = try startDisk()
+    // Killed once by itself, once together with the disk.
+    for number in UInt8(1)...2 {
+      let machine = try startMachine()
+      for _ in 0..<6000 where count() < number && machine.isRunning { usleep(5000) }
+      machine.signal(SIGKILL)
+      _ = machine.wait()
+      #expect(count() == number)
+      guard number == 2 else { continue }
+      disk.signal(SIGKILL)
+      _ = disk.wait()
+      disk = try startDisk()
+    }
+    let result = try startMachine().wait(seconds: 60)
+    #expect(result.code == 0x21 && count() == 3, "\(count()) boots: \(result.errors)")
+    disk.signal(SIGTERM)
+    #expect(disk.wait().code == 0)
   }
 }

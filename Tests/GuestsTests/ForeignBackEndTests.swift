@@ -8,6 +8,7 @@ import Testing
 struct ForeignBackEndTests {
   /// A program that listens at a socket of its own, once it does.
   private func backEnd(_ words: [String], socket: String) throws -> RunningProgram {
+    unlink(socket)
     let program = try RunningProgram(words[0], Array(words.dropFirst()))
     let end = Date().addingTimeInterval(20)
     while access(socket, F_OK) != 0 {
@@ -58,11 +59,76 @@ struct ForeignBackEndTests {
       "net_vhost0,iface=\(socket),queues=1", "--", "--forward-mode=macswap", "--port-topology=loop", "--stats-period", "3600",
       "--total-num-mbufs=8192",
     ]
-    let device = try backEnd(words, socket: socket)
-    let run = try vm.run("test=net n=1000 size=512 window=8", ["--net", "vhost_user=on,socket=\(socket),mac=52:54:00:12:34:56"])
+    var device = try backEnd(words, socket: socket)
+    let options = ["--net", "vhost_user=on,socket=\(socket),mac=52:54:00:12:34:56"]
+    // One VM after another; the last is killed.
+    let run = try vm.run("test=net n=1000 size=512 window=8", options)
     #expect(run.isClean, run.summary)
     #expect(run.report("net.echo") != nil, run.summary)
+    let killed = try vm.start("test=net n=1000000 size=512 window=8", options)
+    try vm.wait(for: "MICRO start", of: killed)
+    killed.signal(SIGKILL)
+    _ = killed.wait()
+    vm.expectNothingLeft()
+    // Under the third one it is killed itself, and comes back.
+    let third = try vm.start("test=net n=1000 size=512 window=8 end=hang", options)
+    for round in 1...3 {
+      try vm.wait(for: "MICRO done ok", times: round, of: third)
+      device.signal(SIGKILL)
+      _ = device.wait()
+      try vm.until { try vm.ctl("devices").output.contains("waiting-for-back-end") }
+      unlink(socket)
+      device = try backEnd(words, socket: socket)
+      try vm.until { try !vm.ctl("devices").output.contains("waiting-for-back-end") }
+      #expect(try vm.ctl("reboot").code == 0)
+    }
+    try vm.wait(for: "MICRO done ok", times: 4, of: third)
+    #expect(!third.outputText.contains("FAIL"), "\(third.outputText.suffix(2000))")
+    third.signal(SIGTERM)
+    #expect(third.wait().code == 143)
+    vm.expectNothingLeft()
     device.signal(SIGKILL)
     _ = device.wait()
+  }
+
+  static let storageDaemon = "/usr/bin/qemu-storage-daemon"
+
+  @Test(
+    "QEMU's storage daemon is killed under verified writes and comes back, as often as one likes; so does our side",
+    .enabled(if: access(storageDaemon, X_OK) == 0, "Needs qemu-storage-daemon (Debian's qemu-utils or qemu-system-common)."))
+  func storageDaemonComesBack() throws {
+    let vm = try MicroVM()
+    _ = try vm.disk()
+    let socket = vm.directory + "-blk.sock"
+    defer { unlink(socket) }
+    let words = [
+      Self.storageDaemon, "--blockdev", "driver=file,node-name=f,filename=\(vm.path("disk.img"))", "--export",
+      "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path=\(socket)",
+    ]
+    var daemon = try backEnd(words, socket: socket)
+    let options = ["--disk", "vhost_user=on,socket=\(socket)"]
+    // It keeps no record of requests in flight, so one at a time: a split ring alone says then where to go on.
+    let killed = try vm.start("test=blk op=write n=1000000 span=2", options)
+    try vm.wait(for: "MICRO start", of: killed)
+    killed.signal(SIGKILL)
+    _ = killed.wait()
+    vm.expectNothingLeft()
+    let run = try vm.start("test=blk op=write n=60000 span=2", options)
+    try vm.wait(for: "MICRO blk.id", of: run)
+    var kills = 0
+    for round in 1...10 where run.isRunning {
+      usleep(UInt32.random(in: 1000...50_000))
+      daemon.signal(SIGKILL)
+      _ = daemon.wait()
+      kills += 1
+      daemon = try backEnd(words, socket: socket)
+      try vm.until { !run.isRunning || run.errorText.components(separatedBy: "served again").count > round }
+    }
+    let result = run.wait(seconds: 120)
+    #expect(result.code == 0 && kills > 1, "\(kills) kills: \(result.errors.suffix(2000))")
+    #expect(result.output.contains("MICRO done ok") && !result.output.contains("FAIL"), "\(result.output.suffix(2000))")
+    vm.expectNothingLeft()
+    daemon.signal(SIGTERM)
+    _ = daemon.wait()
   }
 }

@@ -64,10 +64,15 @@ def virtio_user_drives_net(trial):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = trial.place / "net.socket"
     os.set_inheritable(theirs.fileno(), True)
-    card = trial.program([trial.options.bin / "martlet-net", f"--socket-path={path}", f"--packet-fd={theirs.fileno()}"], path,
-                         pass_fds=[theirs.fileno()])
-    for turn in range(2):
-        # The second time after the front end was killed.
+    words = [trial.options.bin / "martlet-net", f"--socket-path={path}", f"--packet-fd={theirs.fileno()}"]
+    card = trial.program(words, path, pass_fds=[theirs.fileno()])
+    for turn in range(4):
+        # The second time after the front end was killed, the third after both were: this front end does not connect again.
+        if turn == 2:
+            card.kill()
+            card.wait()
+            path.unlink()
+            card = trial.program(words, path, pass_fds=[theirs.fileno()])
         front = trial.program([
             TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"user{os.getpid()}", "--lcores", "0@0,1@1",
             "--vdev", f"net_virtio_user0,path={path},queues=1,queue_size=256", "--", "--forward-mode=macswap", "--port-topology=loop",
