@@ -25,6 +25,20 @@ enum Output {
     }
   }
 
+  /// Fails when what will be saved there cannot be: told before a long run, not after it. Leaves everything as it was.
+  static func expect(_ path: String?) throws(ProbeError) {
+    guard let path else { return }
+    try wrapping { () throws(SystemError) in
+      do throws(SystemError) {
+        _ = try OwnedFD.open(path, O_WRONLY)
+      } catch {
+        guard error.errno == .noEntry else { throw error }
+        _ = try OwnedFD.open(path, O_WRONLY | O_CREAT | O_EXCL, mode: 0o644)
+        _ = unsafe unlink(path)
+      }
+    }
+  }
+
   /// A file with this content, replaced.
   static func save(_ bytes: [UInt8], to path: String) throws(ProbeError) {
     try wrapping { () throws(SystemError) in

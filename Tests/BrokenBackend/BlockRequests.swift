@@ -52,7 +52,12 @@ extension Session {
       guard data.count % 512 == 0, isInside(UInt64(data.count / 512)) else { return only(room, has("write-beyond-ok") ? 0 : 1) }
       let start = Int(sector) * 512
       if has("write-lost"), sector != 0 { return only(room, 0) }
-      disk.bytes.replaceSubrange(start..<start + data.count, with: data)
+      if has("write-torn") {
+        disk.bytes.replaceSubrange(start..<start + data.count / 2, with: data.prefix(data.count / 2))
+        return only(room, 0)
+      }
+      let place = has("write-shifted") ? (start + data.count) % (disk.bytes.count - data.count) : start
+      disk.bytes.replaceSubrange(place..<place + data.count, with: data)
       if has("write-corrupt") { disk.bytes[start + data.count / 2 + 1] ^= 1 }
       return only(room, 0)
     case .flush: return only(room, has("flush-fails") ? 1 : 0)

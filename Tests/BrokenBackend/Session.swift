@@ -680,6 +680,8 @@ final class Session {
         ring.queue?.complete(token, written: written)
         let wantsCall = ring.queue?.publish() ?? false
         if let inflight { spoil(inflight.mapping, inflight.area, index, head) }
+        if has("dies-early"), ring.done == 300 { abort() }
+        if has("answers-twice"), ring.done == 50 { answerAgain(ring) }
         if wantsCall { call(ring, index) }
         if device == .console, index == 3, features.contains(.consoleMultiplePorts) { announce(rings[2]) }
       case .empty:
@@ -702,6 +704,17 @@ final class Session {
     } else if protocolFeatures.contains(.inbandNotifications), !has("inband-mute") {
       ask(.vringCall(VringState(index: UInt32(index), number: 0)))
     }
+  }
+
+  /// The last used element once more (split rings).
+  private func answerAgain(_ ring: Ring) {
+    guard let memory, let device = ring.queue?.configuration.device.rawValue,
+      let index = memory.load(UInt16.self, at: GuestAddress(device + 2))
+    else { return }
+    let size = UInt16(ring.size)
+    guard let element = memory.load(UInt64.self, at: GuestAddress(device + 4 + 8 * UInt64((index &- 1) % size))) else { return }
+    _ = memory.store(element, at: GuestAddress(device + 4 + 8 * UInt64(index % size)))
+    _ = memory.store(index &+ 1, at: GuestAddress(device + 2))
   }
 
   /// Gives the driver the control messages that wait, as far as there are buffers.

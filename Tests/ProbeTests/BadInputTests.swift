@@ -84,6 +84,17 @@ struct BadInputTests {
       Self.run(["bench", "--rw", "read", "--runtime", "0.1"] + words + ["--", programs + "/broken-backend", "{socket}", "block"]) == 2)
   }
 
+  @Test("A result that cannot be saved is told before the run, not after it")
+  func unwritable() {
+    let begin = Date()
+    for words in [
+      ["check", "--output"], ["faults", "--output"], ["bench", "--runtime", "60", "--output"], ["bench", "--runtime", "60", "--html"],
+    ] {
+      #expect(Self.run(words + ["/nowhere/x", "--", programs + "/broken-backend", "{socket}", "block"]) == 2, "\(words)")
+    }
+    #expect(Date().timeIntervalSince(begin) < 30)
+  }
+
   @Test(
     "Ctrl-C ends with the results so far, and leaves nothing behind",
     arguments: [

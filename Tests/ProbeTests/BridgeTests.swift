@@ -244,6 +244,52 @@ struct BridgeTests {
     }
   }
 
+  /// A stream of 8 MiB from one network namespace to another, through bridge and card; what was agreed on, and the longest frame.
+  @Test(
+    "A stream passes a tap whole, in large segments where card and tap may cut them, and in small ones where they may not",
+    .enabled(if: geteuid() == 0 && isThere("/usr/bin/unshare") && isThere("/usr/bin/python3")), arguments: [true, false])
+  func tap(offloads: Bool) throws {
+    let place = try scratch()
+    defer { try? FileManager.default.removeItem(atPath: place) }
+    let script = """
+      ip link set lo up && ip tuntap add t0 mode tap vnet_hdr && ip tuntap add t1 mode tap vnet_hdr || exit 99
+      ip addr add 10.9.0.1/24 dev t0; ip link set t0 up
+      \(programs)/martlet-probe bridge \(offloads ? "" : "--no-offload") --tap t1 --pcap-out \(place)/pcap -- \
+        \(programs)/martlet-net --socket-path {socket} --tap t0 2> \(place)/said & bridge=$!
+      unshare -n sleep 60 & other=$!
+      for i in $(seq 100); do grep -q agreed \(place)/said && break; sleep 0.1; done
+      ip link set t1 netns $other
+      nsenter -t $other -n sh -c 'ip addr add 10.9.0.2/24 dev t1; ip link set t1 up'
+      timeout 40 python3 -c '
+      import socket, hashlib
+      server = socket.create_server(("10.9.0.1", 7007))
+      peer, _ = server.accept()
+      digest, count = hashlib.sha256(), 0
+      while data := peer.recv(1 << 16): digest.update(data); count += len(data)
+      print(count, digest.hexdigest())' > \(place)/got & server=$!
+      nsenter -t $other -n timeout 40 python3 -c '
+      import socket, hashlib, time
+      content = b"".join(hashlib.sha256(bytes([i & 255, i >> 8 & 255, i >> 16])).digest() for i in range(1 << 18))
+      for attempt in range(100):
+        try: peer = socket.create_connection(("10.9.0.1", 7007), 5); break
+        except OSError: time.sleep(0.1)
+      peer.sendall(content); peer.close()
+      print(len(content), hashlib.sha256(content).hexdigest())' > \(place)/sent
+      wait $server; kill -INT $bridge; wait $bridge; code=$?; kill $other; exit $code
+      """
+    let result = try #require(try run("/usr/bin/unshare", ["-n", "/bin/sh", "-c", script]))
+    if result.code == 99 { return }
+    #expect(result.code == 0)
+    let sent = try String(contentsOfFile: place + "/sent", encoding: .utf8)
+    #expect(sent.hasPrefix("8388608 "), "\(sent)")
+    #expect(try String(contentsOfFile: place + "/got", encoding: .utf8) == sent)
+    let said = try String(contentsOfFile: place + "/said", encoding: .utf8)
+    #expect(said.contains(offloads ? "HOST_TSO4" : "agreed on: none"), "\(said)")
+    let frames = try PcapFile.read(Array(try Data(contentsOf: URL(fileURLWithPath: place + "/pcap"))), name: "pcap")
+    let longest = frames.map(\.bytes.count).max() ?? 0
+    #expect(offloads ? longest > 1514 : longest == 1514, "\(longest)")
+  }
+
   @Test("A recording between front end and back end replays without a difference, and with one against another back end")
   func record() throws {
     let place = try scratch()

@@ -93,6 +93,7 @@ final class BenchSession {
     let disk = Result { () throws(ProbeError) in try BlockJob(options) }
     let network = Result { () throws(ProbeError) in try NetJob(options) }
     if case .failure(let error) = disk, case .failure = network { throw error }
+    for name in ["output", "html"] { try Output.expect(options.text(name)) }
     interruption = try Interruption()
     var targets = [try Target(options)]
     if let text = options.text("vs") {

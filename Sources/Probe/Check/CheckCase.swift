@@ -151,6 +151,8 @@ final class CheckContext {
       case .notOffered(let text): verdict = .notOffered(text)
       case .notApplicable(let text): verdict = .notApplicable(text)
       }
+    } catch ProbeError.notVhostUser(let why) {
+      verdict = .fail(why)
     } catch {
       verdict = .fail("\(error)")
     }

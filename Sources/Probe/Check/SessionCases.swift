@@ -170,6 +170,9 @@ extension RingClient {
     ring.queue.writeDescriptor(
       0, address: pieces[0].address, length: UInt32(pieces[0].count), third: (pieces[0].isWritable ? 2 : 0) | 1, fourth: 1)
     ring.queue.writeDescriptor(1, address: tables.rawValue, length: UInt32(16 * tail.count), third: 4, fourth: 0)
+    let table = GuestAddress(ring.queue.configuration.descriptors.rawValue)
+    link.trace.note("ring \(ring.index) descriptors 0 and 1: \(arena.memory.bytes(at: table, count: 32)?.hexText() ?? "")")
+    link.trace.note("  the table: \(arena.memory.bytes(at: tables, count: 16 * tail.count)?.hexText() ?? "")")
     ring.queue.publishHead(0)
     ring.kick.signal()
     let end = MonotonicTime.now.advanced(by: patience)

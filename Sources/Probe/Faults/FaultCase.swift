@@ -171,10 +171,8 @@ final class FaultContext {
     let problem = serve()
     target.collect()
     if target.crashes.count > crashes {
-      // One for a single front end ends after each: the first of these may be the end of the process before.
-      let ends = target.crashes[crashes...]
-      let end = ends.first { if case .killed = $0 { true } else { false } } ?? target.crashes[crashes]
-      if case .killed = end { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
+      if let crash = crash(since: crashes) { return crash }
+      let end = target.crashes[crashes]
       // It ended by itself: in order if another one, just started, serves.
       // The one that is going may still take a connection or two with it.
       if problem != nil, serve() != nil, serve() != nil, serve() != nil { return .crashed("\(end), and a new one does not serve") }
@@ -185,10 +183,21 @@ final class FaultContext {
       usleep(100_000)
       if let end = target.collect() { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
       guard let again = serve() else { return leak(process) ?? refusal.map { .refused($0) } ?? .survived }
+      // A large process takes its time to die.
+      target.collect()
+      if let crash = crash(since: crashes) { return crash }
       if !target.isOurs, again.contains("refused (ECONNREFUSED)") || again.contains("ENOENT") { return .crashed("nobody listens any more") }
       return .hung("the next front end is not served: \(again)")
     }
     return leak(process) ?? refusal.map { .refused($0) } ?? .survived
+  }
+
+  /// An end by a signal. One for a single front end ends after each: the first new end may be that of the process before.
+  private func crash(since count: Int) -> FaultVerdict? {
+    for end in target.crashes[count...] {
+      if case .killed = end { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
+    }
+    return nil
   }
 
   private func leak(_ process: Int32?) -> FaultVerdict? {
@@ -197,14 +206,16 @@ final class FaultContext {
       return .leaked("\(openDescriptorsSeen) descriptors open while one connection repeated itself")
     }
     guard let baseline, process == target.process?.processID else { return nil }
-    for attempt in 0..<3 {
-      settle()
+    // Some close what a front end left only when their threads get round to it.
+    let patience = useconds_t(clamping: min(target.timeout, .seconds(5)).nanoseconds / 1000)
+    let pauses = [2_000, patience / 100, patience / 50, patience / 15, patience / 6]
+    for (attempt, pause) in pauses.enumerated() {
+      usleep(pause)
       guard let now = usage() else { return nil }
       let descriptors = now.descriptors - baseline.descriptors
       let memory = now.memory - baseline.memory
       if descriptors <= 1, memory < 32 << 10 { return nil }
-      if attempt < 2 {
-        usleep(20_000)
+      if attempt < pauses.count - 1 {
         _ = serve()
         continue
       }

@@ -28,6 +28,7 @@ extension Verb {
         return .passed
       }
       let format = try options.choice("format", CheckReport.Format.allCases.map { ($0.rawValue, $0) }) ?? .text
+      try Output.expect(options.text("output"))
       let target = try Target(options)
       let faults = try Faults(target, options)
       let results = try faults.run()

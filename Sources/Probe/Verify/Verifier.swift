@@ -82,6 +82,8 @@ package final class Verifier {
   private var features: FeatureSet = []
   private var result = VerifyResult()
   private var lastCompletion = MonotonicTime.now
+  /// The back end ended by itself, or completes nothing any more: there is nothing left to do but to tell.
+  private var isOver = false
   private var nextGeneration: UInt64 = 1
   private static let ringSize: UInt16 = 128
 
@@ -306,13 +308,14 @@ package final class Verifier {
     let end = begin.advanced(by: plan.duration)
     var nextTrouble = begin.advanced(by: plan.interval)
     var lastProgress = begin
-    while MonotonicTime.now < end, result.findingCount < 100 {
+    while MonotonicTime.now < end, result.findingCount < 100, !isOver {
       if interruption(.zero) {
         result.wasInterrupted = true
         break
       }
       try refill()
-      if !takeUsed(within: .milliseconds(200)) { try notice() }
+      if !takeUsed(within: .milliseconds(200)) { notice() }
+      if isOver { break }
       let now = MonotonicTime.now
       if now >= nextTrouble {
         try makeTrouble()
@@ -333,17 +336,19 @@ package final class Verifier {
   private static func close(_ link: consuming Link) { _ = try? link.stop(0) }
 
   /// Nothing came for a while: the back end is dead, or stuck.
-  private func notice() throws(ProbeError) {
-    if let end = target.collect() { throw .ended("\(end), and nobody had killed it", lastWords: target.lastWords) }
-    guard MonotonicTime.now.since(lastCompletion) > target.timeout, outstanding > 0 else { return }
-    for slot in slots where slot.kind != .idle {
-      result.missing.append(
-        "block \(slot.block): a \(slot.kind) was not completed within \(decimal(Double(target.timeout.nanoseconds) / 1e9, 1)) s")
+  private func notice() {
+    if let end = target.collect() {
+      let words = target.lastWords
+      result.failed.append("the back end \(end), and nobody had killed it" + (words.isEmpty ? "" : "; it said: \(words)"))
+      isOver = true
     }
-    throw .unsuitable(missingText)
+    guard !isOver, MonotonicTime.now.since(lastCompletion) > target.timeout, outstanding > 0 else { return }
+    for slot in slots where slot.kind != .idle {
+      let what = slot.kind == .flush ? "a flush" : "block \(slot.block): a \(slot.kind)"
+      result.missing.append("\(what) was not completed within \(decimal(Double(target.timeout.nanoseconds) / 1e9, 1)) s")
+    }
+    isOver = true
   }
-
-  private var missingText: String { "The back end completes nothing any more: \(result.missing.first ?? "")" }
 
   private func makeTrouble() throws(ProbeError) {
     var kinds: [Int] = []
@@ -373,15 +378,15 @@ package final class Verifier {
   }
 
   private func drain() throws(ProbeError) {
-    while outstanding > 0, result.findingCount < 200 {
-      if !takeUsed(within: .milliseconds(200)) { try notice() }
+    while outstanding > 0, result.findingCount < 200, !isOver {
+      if !takeUsed(within: .milliseconds(200)) { notice() }
     }
   }
 
   /// Every block that was ever written is read at the end.
   private func readAll() throws(ProbeError) {
     var block = 0
-    while block < blocks.count || outstanding > 0 {
+    while block < blocks.count || outstanding > 0, result.findingCount < 200, !isOver {
       var count = 0
       for index in slots.indices where slots[index].kind == .idle {
         while block < blocks.count, blocks[block].acknowledged == 0, blocks[block].uncertain == nil { block += 1 }
@@ -394,7 +399,7 @@ package final class Verifier {
         count += 1
       }
       if count > 0 { kick() }
-      if outstanding > 0, !takeUsed(within: .milliseconds(200)) { try notice() }
+      if outstanding > 0, !takeUsed(within: .milliseconds(200)) { notice() }
     }
   }
 }
