@@ -68,6 +68,9 @@ final class DeviceCare {
   private var spareFailures = 0
   var step = Step.none
   var restartCount = 0
+  /// When it came into service again last, and how often that did not last.
+  private var servedTime: MonotonicTime?
+  private var shortServices = 0
   /// Within the last minute.
   private var deaths: [MonotonicTime] = []
   /// Since the device was served last.
@@ -109,8 +112,22 @@ final class DeviceCare {
     return min(delay, Self.longestDelay)
   }
 
+  /// A back end of others is lost: when to connect again. One that takes connections and drops them at once is asked less
+  /// and less often, but without end.
+  func reconnectDelay(_ now: MonotonicTime) -> Duration {
+    guard let servedTime, now.since(servedTime) < .seconds(1) else {
+      shortServices = 0
+      return .zero
+    }
+    defer { shortServices = min(shortServices + 1, 4) }
+    var delay = Self.connectInterval
+    for _ in 0..<shortServices { delay = delay * 2 }
+    return min(delay, .seconds(1))
+  }
+
   /// The device is served again.
   func succeeded() {
+    servedTime = .now
     step = .none
     lostTime = nil
     restartCount += 1

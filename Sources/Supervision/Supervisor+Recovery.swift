@@ -69,7 +69,7 @@ extension Supervisor {
       noteLoss(care, report.reason)
       switch care.policy.action {
       case .restart:
-        care.step = .due(.now)
+        care.step = .due(.now.advanced(by: care.reconnectDelay(.now)))
         say(.warning, "Back end of \(report.id) at '\(path)' is gone (\(report.reason)); connecting until it is back")
       case .stopVM:
         say(.error, "Back end of \(report.id) at '\(path)' is gone; the VM ends, as on-death=stop-vm says")
