@@ -67,7 +67,12 @@ import Testing
     let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
     try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
     defer { try? FileManager.default.removeItem(atPath: folder) }
-    try Data(Self.bootSector + [UInt8](repeating: 0, count: (1 << 20) - 512)).write(to: URL(fileURLWithPath: folder + "/disk.img"))
+    // Enough boots for both to be killed in between.
+    let boots: UInt8 = 8
+    var sector = Self.bootSector
+    let place = try #require(sector.indices.first { Array(sector[$0...].prefix(4)) == [0x80, 0x3C, 0x03, 0x73] })
+    sector[place + 2] = boots
+    try Data(sector + [UInt8](repeating: 0, count: (1 << 20) - 512)).write(to: URL(fileURLWithPath: folder + "/disk.img"))
     func startDisk() throws -> RunningProgram {
       unlink(folder + "/socket")
       let disk = try RunningProgram(
@@ -97,14 +102,14 @@ import Testing
       for _ in 0..<6000 where count() < number && machine.isRunning { usleep(5000) }
       machine.signal(SIGKILL)
       _ = machine.wait()
-      #expect(count() == number)
+      #expect((number..<boots).contains(count()))
       guard number == 2 else { continue }
       disk.signal(SIGKILL)
       _ = disk.wait()
       disk = try startDisk()
     }
     let result = try startMachine().wait(seconds: 60)
-    #expect(result.code == 0x21 && count() == 3, "\(count()) boots: \(result.errors)")
+    #expect(result.code == 0x21 && count() == boots, "\(count()) boots: \(result.errors)")
     disk.signal(SIGTERM)
     #expect(disk.wait().code == 0)
   }
