@@ -162,11 +162,27 @@ let testTargets: [Target] = [
   tests("GuestsTests", everything + ["TestSupport"]),
 ]
 
+/// Only for `scripts/fuzz`, which builds them and what they need with coverage and a sanitizer, in a folder of its own.
+let fuzzNeeds = [
+  "CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "Sandbox", "DiskImage", "ControlProtocol", "VirtioQueue",
+  "VirtioTransport", "Boot", "BackendKit", "BlockDevice", "NetDevice", "ConsoleDevice", "Supervision", "Probe",
+]
+let fuzzTargets: [Target] =
+  Context.environment["MARTLET_FUZZ"] == nil
+  ? []
+  : [
+    .target(name: "CFuzz", path: "Tests/Fuzz/CFuzz", cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Werror"])]),
+    .executableTarget(
+      name: "martlet-fuzz", dependencies: (["CFuzz"] + fuzzNeeds).map { .byName(name: $0) }, path: "Tests/Fuzz/Targets",
+      swiftSettings: [.swiftLanguageMode(.v6), .treatAllWarnings(as: .error)],
+      linkerSettings: [.unsafeFlags(["-use-ld=lld", "-sanitize=fuzzer,address"])]),
+  ]
+
 let package = Package(
   name: "martlet",
   products: [
     .library(name: "MartletBackendKit", targets: ["BackendKit", "VirtioQueue", "VMMemory", "VhostUser", "VirtioSpec", "HostSystem"]),
     .library(name: "MartletBackendTesting", targets: ["BackendTesting"]),
   ],
-  targets: layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets
+  targets: layer0 + layer1 + layer2 + layer3 + layer4 + layer5 + programs + testTargets + fuzzTargets
 )

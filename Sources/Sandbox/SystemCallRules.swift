@@ -47,6 +47,11 @@ package struct RuleError: Error, Equatable, Sendable, CustomStringConvertible {
 }
 
 extension SystemCallRule {
+  /// The most conditions of one rule: a comparison jumps over what is left of them, and 255 instructions are as far as it can.
+  package static let mostConditions = 16
+  /// The most ways in which the sets of one rule can be combined; each becomes instructions, of which the kernel takes 4096.
+  package static let mostCombinations = 512
+
   /// Reads a list. Empty lines and lines of comment only are skipped; every rule must have a reason.
   package static func parse(_ text: String) throws(RuleError) -> [SystemCallRule] {
     var rules: [SystemCallRule] = []
@@ -61,11 +66,19 @@ extension SystemCallRule {
       var rule = SystemCallRule(number: number, reason: String(trimmed(halves[1])))
       let rest = trimmed(statement.dropFirst(name.count))
       if !rest.isEmpty {
+        var combinations = 1
         for part in split(rest, at: " and ") {
           guard let condition = Condition(trimmed(part)) else {
             throw wrong("condition '\(part)' is not 'argN == V', 'argN in V, V', 'argN & M == V' or 'argN == self'")
           }
           rule.conditions.append(condition)
+          guard rule.conditions.count <= mostConditions else {
+            throw wrong("'\(name)' has more than \(mostConditions) conditions; make several rules of it, or one mask of several")
+          }
+          combinations *= condition.alternativeCount
+          guard combinations <= mostCombinations else {
+            throw wrong("the sets of '\(name)' can be combined in more than \(mostCombinations) ways; make several rules of it")
+          }
         }
       }
       if rules.contains(where: { $0.number == rule.number && $0.conditions == rule.conditions }) {
@@ -103,6 +116,12 @@ extension SystemCallRule {
 }
 
 extension SystemCallRule.Condition {
+  /// Values that it can be true for, as far as they become instructions of their own.
+  fileprivate var alternativeCount: Int {
+    if case .anyOf(let values) = test { return values.count }
+    return 1
+  }
+
   fileprivate init?(_ text: Substring) {
     let words = text.split { $0 == " " || $0 == "," }
     guard words.count >= 3, words[0].hasPrefix("arg"), let argument = Int(words[0].dropFirst(3)), (0...5).contains(argument) else {

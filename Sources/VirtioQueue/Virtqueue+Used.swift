@@ -58,8 +58,10 @@ extension Virtqueue {
   /// Shows the driver everything completed since the last time; true if it has to be called (interrupted) for that.
   @inlinable
   public mutating func publish() -> Bool {
+    // A ring that broke takes no completion any more, so none can follow.
+    guard broken == nil else { return false }
     precondition(coalescedEntries == 0, "A coalesced chain needs a completion after it")
-    guard unpublishedCount != 0, broken == nil else { return false }
+    guard unpublishedCount != 0 else { return false }
     unpublishedCount = 0
     if recorder != nil {
       publishRecorded()

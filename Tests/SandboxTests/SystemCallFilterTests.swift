@@ -92,6 +92,20 @@ private let kill: UInt32 = 0x8000_0000
     #expect(throws: RuleError.self) { try SystemCallRule.parse(text) }
   }
 
+  /// Seen when the fuzz target was written: so many conditions that a comparison could not jump over the rest of them, and sets whose combinations
+  /// took all memory.
+  @Test func rulesBeyondWhatAFilterCanHoldAreNamed() throws {
+    let masks = (0..<44).map { "arg0 & 0x\(String(1 << UInt64($0), radix: 16)) == 0" }
+    #expect(throws: RuleError.self) { try SystemCallRule.parse("read \(masks.joined(separator: " and ")) # bits") }
+    let most = try filter("read \(masks.prefix(SystemCallRule.mostConditions).joined(separator: " and ")) # bits")
+    #expect(verdict(most, number: 0, arguments: [1 << 20]) == allow)
+    #expect(verdict(most, number: 0, arguments: [1 << 3]) == kill)
+    let set = (0..<100).map(String.init).joined(separator: ", ")
+    #expect(throws: RuleError.self) { try SystemCallRule.parse("read arg0 in \(set) and arg1 in \(set) and arg2 in \(set) # sets") }
+    #expect(throws: RuleError.self) { try SystemCallRule.parse("read arg0 in \(set) and arg1 in 1, 2, 3, 4, 5, 6 # sets") }
+    #expect(try SystemCallRule.parse("read arg0 in \(set) and arg1 in 1, 2, 3, 4, 5 # sets").count == 1)
+  }
+
   @Test func namesAndNumbersAgree() {
     for (name, number): (String, UInt32) in [
       ("read", 0), ("ioctl", 16), ("execve", 59), ("openat", 257), ("rseq", 334), ("io_uring_setup", 425), ("clone3", 435),
