@@ -22,6 +22,8 @@ package struct BlockOptions: Sendable {
   /// Nil for io_uring where there is one.
   package var access: Access?
   package var poll = PollPolicy.auto
+  /// No more than QEMU's storage daemon promises.
+  package var isPortable = false
   package var byteRate: RateBucket?
   package var operationRate: RateBucket?
 

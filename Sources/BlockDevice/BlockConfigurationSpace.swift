@@ -12,6 +12,15 @@ final class BlockConfigurationSpace: Sendable {
   let serial: [UInt8]
   let pollPolicy: PollPolicy
   let limiter: RateLimiter?
+  /// Promises no more than QEMU's storage daemon does, so that it could take over.
+  let isPortable: Bool
+
+  /// What that daemon promises (docs of its vhost-user-blk export): segments of a request, sectors and ranges of a discard.
+  private enum Portable {
+    static let segments: UInt32 = 126
+    static let sectors: UInt32 = 32768
+    static let ranges: UInt32 = 1
+  }
 
   /// What the driver wrote into `writeback`; until it does, write-back. Stays until the device is reset: a stop and a start,
   /// with the same features negotiated again, must not loosen what the driver relies on.
@@ -25,6 +34,7 @@ final class BlockConfigurationSpace: Sendable {
     queueCount = options.queueCount
     greatestQueueSize = options.greatestQueueSize
     pollPolicy = options.poll
+    isPortable = options.isPortable
     limiter = RateLimiter(bytes: options.byteRate, operations: options.operationRate)
     self.blockSize = blockSize
     var bytes = Array(options.serial.utf8.prefix(BlockSpec.idByteCount))
@@ -38,6 +48,7 @@ final class BlockConfigurationSpace: Sendable {
       .version1, .indirectDescriptors, .eventIndex, .packedRing, .blockSegMax, .blockBlockSize, .blockFlush, .blockTopology,
       .blockConfigWriteCache,
     ]
+    if isPortable { features.remove(.packedRing) }
     if queueCount > 1 { features.insert(.blockMultipleQueues) }
     if image.isReadOnly { features.insert(.blockReadOnly) }
     if !image.isReadOnly, image.canPunchHoles { features.insert(.blockDiscard) }
@@ -98,6 +109,13 @@ final class BlockConfigurationSpace: Sendable {
       space.maxWriteZeroesSectors = BlockLimits.greatestRange
       space.maxWriteZeroesSegments = UInt32(BlockLimits.greatestRangeCount)
       space.writeZeroesMayUnmap = image.canPunchHoles ? 1 : 0
+    }
+    if isPortable {
+      space.segmentMax = min(space.segmentMax, Portable.segments)
+      space.maxDiscardSectors = min(space.maxDiscardSectors, Portable.sectors)
+      space.maxDiscardSegments = min(space.maxDiscardSegments, Portable.ranges)
+      space.maxWriteZeroesSectors = min(space.maxWriteZeroesSectors, Portable.sectors)
+      space.maxWriteZeroesSegments = min(space.maxWriteZeroesSegments, Portable.ranges)
     }
     return space.encoded()
   }

@@ -11,6 +11,7 @@ public enum BlockProgram {
     options: [
       .value("blk-file", "PATH", "the disk image: a raw file or a block device"),
       .value("blk-fd", "NUMBER", "the disk image as an inherited descriptor"),
+      .flag("blk-locked", "with --blk-fd: whoever opened the image has locked it"),
       .value("blk-null", "SIZE", "no storage: every request is done at once and reads bring nothing; for measuring"),
       .flag("read-only", "refuse to write, and lock the image for reading only"),
       .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
@@ -21,6 +22,7 @@ public enum BlockProgram {
       .flag("direct", "bypass the host's page cache"),
       .value("aio", "HOW", "io_uring, or threads (default: io_uring where the host has it)"),
       .value("cache-map", "ON", "on or off: copy data the host has cached from a mapping of the file (default: on where it is safe)"),
+      .flag("portable", "offer only what QEMU's storage daemon could go on with: split rings, 126 segments, one range of 16 MiB"),
       .value("poll", "HOW", "look for work before sleeping: auto, off, or so many microseconds (default: auto)"),
       .value("bw-size", "BYTES", "rate limit: bytes in a bucket that refills within --bw-refill-time"),
       .value("bw-one-time-burst", "BYTES", "bytes more at the start, once"),
@@ -50,6 +52,7 @@ public enum BlockProgram {
       }
     }
     options.serial = launch.value("serial") ?? ""
+    options.isPortable = launch.has("portable")
     guard options.serial.utf8.count <= 20 else {
       throw .badOption("--serial", why: "has at most 20 bytes, not \(options.serial.utf8.count)")
     }
@@ -74,6 +77,8 @@ public enum BlockProgram {
     var options = DiskImage.Options(
       isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"), isShared: launch.has("force-share"),
       isLockedLater: launch.isStandby)
+    options.isLocked = launch.has("blk-locked")
+    guard !options.isLocked || launch.value("blk-fd") != nil else { throw .badOption("--blk-locked", why: "goes with --blk-fd") }
     guard !options.isShared || options.isReadOnly else { throw .badOption("--force-share", why: "goes with --read-only") }
     switch launch.value("cache-map") {
     case nil, "on": options.mapsCache = true

@@ -27,8 +27,10 @@ int clinux_ioctl_pointer(int fd, unsigned long request, void *argument) { return
 
 int clinux_fcntl(int fd, int command, long argument) { return result(fcntl(fd, command, argument)); }
 
-int clinux_ofd_lock(int fd, int kind) {
-  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = 0, .l_len = 0, .l_pid = 0};
+int clinux_ofd_lock(int fd, int kind) { return clinux_ofd_lock_range(fd, kind, 0, 0); }
+
+int clinux_ofd_lock_range(int fd, int kind, int64_t start, int64_t length) {
+  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length, .l_pid = 0};
   return result(fcntl(fd, F_OFD_SETLK, &lock));
 }
 

@@ -7,6 +7,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case resizeDisk = "resize-disk"
   case events
   case add, remove
+  case replace, upgrade
 
   package var summary: String {
     switch self {
@@ -20,6 +21,8 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .stats: "requests, bytes, errors, kicks, calls and latencies of each queue"
     case .add: "plug in a device: disk, net, console, fs, rng or generic, with the keys of martlet run --KIND"
     case .remove: "let the guest let go of a device and take it away; --force: without asking; --timeout MS"
+    case .replace: "another back end takes over under the running guest; the options follow below"
+    case .upgrade: "the installed programs take over, device by device"
     case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
     case .events: "what happened to the devices, with times; with --follow also what will; with --json a line for each"
     }
@@ -33,6 +36,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .events: ["--follow"]
     case .add: ["KIND", "KEY=VALUE,..."]
     case .remove: ["DEVICE", "--force", "--timeout MS"]
+    case .replace: ["DEVICE", "OPTION ...", "-- PROGRAM ARGUMENT ..."]
     default: []
     }
   }
@@ -40,7 +44,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   package var neededArguments: Int {
     switch self {
     case .add: 2
-    case .resizeDisk, .remove: 1
+    case .resizeDisk, .remove, .replace: 1
     default: 0
     }
   }

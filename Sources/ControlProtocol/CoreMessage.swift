@@ -13,6 +13,8 @@ package enum CoreMessage: Equatable, Sendable {
   case refused(String)
   /// Answer to `information`.
   case information(VMInformation)
+  /// Answer to `examine`: one finding for each thing that matters.
+  case examined([Finding])
   /// A device has changed its state.
   case device(DeviceReport)
   /// Answer to `device` while the guest runs: it is on the bus, in this slot.
@@ -23,6 +25,25 @@ package enum CoreMessage: Equatable, Sendable {
   case guest(GuestEvent)
   /// The core cannot go on and exits after this message; one sentence says why.
   case failed(FailureKind, String)
+
+  /// What was found of a back end that might take over.
+  package struct Finding: Equatable, Sendable {
+    package enum Verdict: UInt8, Equatable, Sendable {
+      case fine = 0
+      /// Possible, and worth knowing.
+      case note
+      case refusal
+    }
+    package var verdict: Verdict
+    package var subject: String
+    package var sentence: String
+
+    package init(_ verdict: Verdict, _ subject: String, _ sentence: String) {
+      self.verdict = verdict
+      self.subject = subject
+      self.sentence = sentence
+    }
+  }
 
   package enum GuestEvent: UInt8, Equatable, Sendable {
     /// The guest reset the machine and has been started again in place.
@@ -163,6 +184,7 @@ package struct DeviceReport: Equatable, Sendable {
 extension CoreMessage {
   private enum Kind: UInt16 {
     case ready = 0x8001, started, done, refused, information, device, guest, failed, plugged, unplugged
+    case examined = 0x8020
   }
 
   private var kind: Kind {
@@ -175,6 +197,7 @@ extension CoreMessage {
     case .device: .device
     case .guest: .guest
     case .failed: .failed
+    case .examined: .examined
     case .plugged: .plugged
     case .unplugged: .unplugged
     }
@@ -213,6 +236,12 @@ extension CoreMessage {
     case .failed(let kind, let sentence):
       writer.number(kind.rawValue)
       writer.text(sentence, limit: 1024)
+    case .examined(let findings):
+      writer.list(findings) { writer, finding in
+        writer.number(finding.verdict.rawValue)
+        writer.text(finding.subject, limit: 64)
+        writer.text(finding.sentence, limit: 512)
+      }
     }
     return writer.bytes
   }
@@ -246,6 +275,12 @@ extension CoreMessage {
     case .failed:
       guard let kind = FailureKind(rawValue: try reader.number()) else { throw .badField("failure") }
       message = .failed(kind, try reader.text("sentence", limit: 1024))
+    case .examined:
+      message = .examined(
+        try reader.list("findings", limit: 24) { reader throws(MessageError) in
+          guard let verdict = Finding.Verdict(rawValue: try reader.number()) else { throw .badField("verdict") }
+          return Finding(verdict, try reader.text("subject", limit: 64), try reader.text("sentence", limit: 512))
+        })
     }
     try reader.finish()
     try header.checkDescriptors(expected: 0, received: descriptorCount)

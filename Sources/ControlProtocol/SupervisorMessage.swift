@@ -30,6 +30,15 @@ package enum SupervisorMessage: Equatable, Sendable {
   case reattach(id: String)
   /// No back end will come any more for a device that waits for one: the guest is told. Answered by `done`.
   case giveUp(id: String)
+  /// A back end that might take over from the present one. Descriptor: its vhost-user socket. Answered by `examined`; without a
+  /// refusal in it the core keeps the connection until `exchange` or `forget`.
+  case examine(id: String)
+  /// The examined back end takes over; the present one may take so many milliseconds to finish what is in flight. Answered by
+  /// `done`, after which the connection to the old one is kept until `forget`, or by `refused`, after which the rings may stand
+  /// still until `forget`.
+  case exchange(id: String, drain: UInt32)
+  /// The back end that is not needed any more has ended. Answered by `done`.
+  case forget(id: String)
   /// The guest is to let go of a device; by force: the device goes, and the guest is told. Answered by `done` when nothing of
   /// it is left, however long the guest takes, or by `refused`.
   case unplug(id: String, isForced: Bool)
@@ -110,13 +119,15 @@ extension SupervisorMessage {
   package var descriptorCount: Int {
     switch self {
     case .configure(let configuration): configuration.hasInitramfs ? 3 : 2
-    case .device, .stream, .reattach: 1
-    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp, .unplug: 0
+    case .device, .stream, .reattach, .examine: 1
+    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp, .exchange, .forget, .unplug: 0
     }
   }
 
   private enum Kind: UInt16 {
     case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp, unplug
+    case examine = 20
+    case exchange, forget
   }
 
   private var kind: Kind {
@@ -133,6 +144,9 @@ extension SupervisorMessage {
     case .information: .information
     case .reattach: .reattach
     case .giveUp: .giveUp
+    case .examine: .examine
+    case .exchange: .exchange
+    case .forget: .forget
     case .unplug: .unplug
     }
   }
@@ -162,7 +176,10 @@ extension SupervisorMessage {
       writer.list(device.configuration) { $0.number($1) }
       writer.flag(device.isReplaceable)
     case .stream(let stream): writer.number(stream.rawValue)
-    case .reattach(let id), .giveUp(let id): writer.text(id)
+    case .reattach(let id), .giveUp(let id), .examine(let id), .forget(let id): writer.text(id)
+    case .exchange(let id, let drain):
+      writer.text(id)
+      writer.number(drain)
     case .unplug(let id, let isForced):
       writer.text(id)
       writer.flag(isForced)
@@ -199,6 +216,13 @@ extension SupervisorMessage {
     case .information: message = .information
     case .reattach: message = .reattach(id: try reader.identifier())
     case .giveUp: message = .giveUp(id: try reader.identifier())
+    case .examine: message = .examine(id: try reader.identifier())
+    case .exchange:
+      let id = try reader.identifier()
+      let drain: UInt32 = try reader.number()
+      guard (1...UInt32(VMConfiguration.Limits.milliseconds)).contains(drain) else { throw .badField("drain") }
+      message = .exchange(id: id, drain: drain)
+    case .forget: message = .forget(id: try reader.identifier())
     case .unplug: message = .unplug(id: try reader.identifier(), isForced: try reader.flag("isForced"))
     }
     try reader.finish()

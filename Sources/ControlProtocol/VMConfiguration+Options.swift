@@ -82,6 +82,7 @@ extension VMConfiguration {
     }
     if try values.onOff("direct", default: false) { arguments.append("--direct") }
     if try values.onOff("force_share", default: false) { arguments.append("--force-share") }
+    if try values.onOff("portable", default: false) { arguments.append("--portable") }
     if !(try values.onOff("cache_map", default: true)) { arguments.append("--cache-map=off") }
     if let how = try choice("aio", ["io_uring", "threads"]) { arguments.append("--aio=\(how)") }
     if let size = try choice("block_size", ["512", "4096"]) { arguments.append("--block-size=\(size)") }
@@ -124,6 +125,7 @@ extension VMConfiguration {
           KeyDescription("aio", "io_uring|threads", "how the storage is reached; io_uring where the host has it"),
           KeyDescription("block_size", "512|4096", "logical block; the storage's own when left out"),
           KeyDescription("poll", "auto|off|US", "look for work before sleeping; auto when left out"),
+          KeyDescription("portable", "on|off", "promise the guest no more than QEMU's storage daemon does, which can take over then"),
           KeyDescription("cache_map", "on|off", "copy cached data from a mapping of the image; on when left out"),
           KeyDescription("force_share", "on|off", "with readonly=on: no lock, though others may write the image"),
           KeyDescription("bw_size", "BYTES", "rate limit: bytes that refill within bw_refill_time"),

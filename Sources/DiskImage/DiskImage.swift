@@ -24,6 +24,8 @@ package final class DiskImage: Sendable {
     package var isShared = false
     /// Data that the host has cached is copied from a mapping of the file, where that is safe.
     package var mapsCache = true
+    /// Whoever opened the image has seen to it that nobody else uses it.
+    package var isLocked = false
 
     /// The image is still another process's: it is locked by `claim`, before the first request.
     package var isLockedLater: Bool
@@ -105,7 +107,7 @@ package final class DiskImage: Sendable {
     canZeroRanges = facts.canZeroRanges
     canAllocate = facts.canAllocate
     isNull = false
-    hasLock = Atomic(!options.isLockedLater || options.isShared)
+    hasLock = Atomic(!options.isLockedLater || options.isShared || options.isLocked)
   }
 
   /// Before the first request to an image that was opened while it was another's: it must be ours alone now. Whoever started
@@ -212,7 +214,7 @@ package final class DiskImage: Sendable {
       facts.byteCount -= facts.byteCount % 512
     }
     if !options.isReadOnly { probeAllocation(fd, status, &facts) }
-    if !options.isShared, !options.isLockedLater { try lock(fd, name, options) }
+    if !options.isShared, !options.isLocked, !options.isLockedLater { try lock(fd, name, options) }
     return facts
   }
 

@@ -9,6 +9,7 @@ import VirtioTransport
 /// somebody to serve it.
 extension DeviceFrontEnd {
   func detach(_ error: VhostUserError) {
+    abandonExchange()
     // Without rings that have run nothing is in flight: an area from before a reset speaks of rings that are no more.
     inflight = hasRun ? session?.inflight ?? inflight : nil
     session?.abandon()
@@ -19,6 +20,7 @@ extension DeviceFrontEnd {
     if state == .resetting { completeReset() }
     state = .detached
     events.append(.detached(error))
+    carryOutDeferred(.now)
   }
 
   /// Begins first contact with a successor; ends with `.ready` and `.restored`, or with `.detached`.
@@ -50,7 +52,7 @@ extension DeviceFrontEnd {
     events.append(.ready(offer))
     if let bytes = offer.configuration, bytes != self.offer?.configuration {
       self.offer?.configuration = bytes
-      host?.update { $0.updateConfiguration(from: 0, with: bytes) }
+      host?.update { $0.updateConfiguration(from: 0, with: withTold(bytes)) }
     }
     writes.removeAll()
     guard var activation, !activeQueues.isEmpty else {
@@ -74,7 +76,7 @@ extension DeviceFrontEnd {
 
   /// Where a ring goes on. A split ring says in memory what was answered: from there on everything is taken again, or, with a
   /// record, what the record says. A packed ring does not say; only the record does, whatever is named here.
-  private func base(of vring: VringActivation, _ features: FeatureSet) -> UInt32? {
+  func base(of vring: VringActivation, _ features: FeatureSet) -> UInt32? {
     guard features.contains(.packedRing) else {
       return usedRings[vring.index].flatMap { host?.usedIndex(ofUsedRing: $0) }.map(UInt32.init)
     }
@@ -83,8 +85,15 @@ extension DeviceFrontEnd {
     return isRecorded ? vring.base : nil
   }
 
+  /// A configuration space as it will be when the back end has heard what the driver wrote.
+  func withTold(_ bytes: [UInt8]) -> [UInt8] {
+    var bytes = bytes
+    for (offset, byte) in told where offset < bytes.count { bytes[offset] = byte }
+    return bytes
+  }
+
   /// What the driver wrote, in runs. At most as many as the space has bytes.
-  private var toldBytes: [ConfigMessage] {
+  var toldBytes: [ConfigMessage] {
     var messages: [ConfigMessage] = []
     for (offset, byte) in told.sorted(by: { $0.key < $1.key }) {
       if let last = messages.last, Int(last.offset) + last.bytes.count == offset {
@@ -97,13 +106,14 @@ extension DeviceFrontEnd {
   }
 
   /// Makes good what may have been missed: a kick that the dead process had taken, a call that it owed.
-  func finishRestoring() {
+  /// - Parameter isSuccessor: the one before is dead.
+  func finishRestoring(isSuccessor: Bool = true) {
     isRestoring = false
     for vring in activation?.vrings ?? [] {
       signal(vring.kick)
       if let call = vring.call { signal(call) }
     }
-    events.append(.restored)
+    if isSuccessor { events.append(.restored) }
   }
 
   /// Adds one to an event that back ends share. They could have filled it and made writes wait, so room is asked for first.

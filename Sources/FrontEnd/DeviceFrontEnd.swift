@@ -34,6 +34,12 @@ package final class DeviceFrontEnd {
     case detached(VhostUserError)
     /// The successor does what its predecessor did.
     case restored
+    /// What was found of a candidate; any refusal, and it has been let go.
+    case examined([ReplacementCheck.Finding])
+    /// The candidate serves the device.
+    case exchanged
+    /// It does not; the one before serves on, or will after `forget`.
+    case exchangeFailed(String)
   }
 
   /// Where the device is, for reports.
@@ -46,6 +52,8 @@ package final class DeviceFrontEnd {
     case resetting
     case pausing
     case paused
+    /// Its rings are between two back ends.
+    case exchanging
     /// The driver set up rings that cannot be; it must reset.
     case broken
     /// There is no back end now; a successor is awaited.
@@ -85,14 +93,35 @@ package final class DeviceFrontEnd {
   var inflight: InflightKept?
   /// Configuration bytes that the driver has written since its last reset, by offset: a successor must hear of them.
   var told: [Int: UInt8] = [:]
-  private let memory: SharedGuestMemory
+  /// Features that the core offers whatever back ends say.
+  package var ownFeatures: FeatureSet = []
+  /// Features that the guest is not shown whoever has them.
+  package var hiddenFeatures: FeatureSet = []
+  let memory: SharedGuestMemory
   var host: (any DeviceHost)?
   var events: [Event] = []
 
   /// Effects that came while the device was paused, carried out afterwards.
   private var deferred: [TransportEffect] = []
   /// The state to return to after the pause.
-  private var stateBeforePause = State.idle
+  var stateBeforePause = State.idle
+
+  /// A back end that might take over, and how far that has come (DeviceFrontEnd+Exchange).
+  var candidate: FrontEndSession?
+  var exchange = Exchange.none
+  /// The one that was replaced, until its process has ended: the end of the connection would make it clean up.
+  var retired: FrontEndSession?
+  var findings: [ReplacementCheck.Finding] = []
+  var drainTime = Duration.zero
+  var drainDeadline: MonotonicTime?
+  /// Where the old one's rings stopped.
+  var oldBases: [VringState] = []
+  var hasFailedBegun = false
+  /// Counts what drivers have set up, to see whether what was prepared is still so.
+  var generation = 0
+  var preparedGeneration = 0
+  /// A pause was asked for while the rings were between two back ends.
+  private var awaitsPause = false
   var writes = ConfigurationWrites()
   /// Calls to be replaced: the vector by queue. Only the last one counts.
   var calls: [Int: UInt16?] = [:]
@@ -127,7 +156,9 @@ package final class DeviceFrontEnd {
   package var socketNumber: CInt? { session?.socketNumber }
   /// From `.ready` on, if the back end may tell of configuration changes.
   package var channelNumber: CInt? { session?.channelNumber }
-  package var deadline: MonotonicTime? { session?.deadline }
+  package var deadline: MonotonicTime? { [session?.deadline, candidate?.deadline, drainDeadline].compactMap { $0 }.min() }
+  /// While there is a back end that might take over.
+  package var candidateNumber: CInt? { candidate?.socketNumber }
 
   /// Closes the connection to a back end that is lost. Not before its descriptors are out of the event loop: their numbers
   /// may come again at once.
@@ -137,11 +168,14 @@ package final class DeviceFrontEnd {
 
   package func receive(now: MonotonicTime) {
     session?.receive(now: now)
+    candidate?.receive(now: now)
     work(now)
   }
 
   package func handleTimeout(now: MonotonicTime) {
     session?.handleTimeout(now: now)
+    candidate?.handleTimeout(now: now)
+    handleDrainTimeout(now)
     work(now)
   }
 
@@ -159,6 +193,10 @@ package final class DeviceFrontEnd {
   /// Stops the rings, waiting for what is in flight; ends with `.paused`. Only while no processor runs.
   package func pause(now: MonotonicTime) {
     guard state != .paused, state != .pausing else { return }
+    if isExchanging {
+      awaitsPause = true
+      return
+    }
     if state == .detached || state == .reattaching { lose(.closed(midMessage: false), mayAwait: false) }
     guard state != .lost, state != .negotiating else {
       stateBeforePause = state
@@ -190,6 +228,15 @@ package final class DeviceFrontEnd {
 
   private func finishResume(_ now: MonotonicTime) {
     events.append(.resumed)
+    carryOutDeferred(now)
+  }
+
+  /// What came while the rings stood still.
+  func carryOutDeferred(_ now: MonotonicTime) {
+    if awaitsPause {
+      awaitsPause = false
+      return pause(now: now)
+    }
     let waiting = deferred
     deferred = []
     for effect in waiting { carryOut(effect, now) }
@@ -199,7 +246,7 @@ package final class DeviceFrontEnd {
 
   /// Carries out an effect of the device's function. Interrupt and address effects are the machine's and ignored here.
   package func handle(_ effect: TransportEffect, now: MonotonicTime) {
-    if state == .paused || state == .pausing {
+    if state == .paused || state == .pausing || isExchanging {
       deferred.append(effect)
     } else {
       carryOut(effect, now)
@@ -214,6 +261,7 @@ package final class DeviceFrontEnd {
     case .configurationWritten(let offset, let bytes):
       guard state != .lost, offer?.protocolFeatures.contains(.config) == true else { break }
       writes.add(offset: offset, bytes)
+      generation += 1
       for (index, byte) in bytes.enumerated() { told[offset + index] = byte }
     case .queueVectorChanged(let queue, let vector):
       if activeQueues.contains(queue) { calls[queue] = .some(vector) }
@@ -234,6 +282,7 @@ package final class DeviceFrontEnd {
     guard state != .lost else { return tellNeedsReset() }
     let hasBackEnd = state != .detached && state != .reattaching
     driverFeatures = activation.features
+    generation += 1
     var vrings: [VringActivation] = []
     usedRings = [:]
     for queue in activation.queues {
@@ -284,6 +333,7 @@ package final class DeviceFrontEnd {
 
   private func reset(_ now: MonotonicTime) {
     driverFeatures = []
+    generation += 1
     calls = [:]
     writes.removeAll()
     activeQueues = []
@@ -315,9 +365,23 @@ package final class DeviceFrontEnd {
 
   /// Takes what the session says until it says nothing more, and gives it what is waiting.
   func work(_ now: MonotonicTime) {
-    while let event = session?.nextEvent() { take(event, now) }
+    takeEvents(now)
     tellNext(now)
-    while let event = session?.nextEvent() { take(event, now) }
+    takeEvents(now)
+    workOnExchange(now)
+    takeEvents(now)
+  }
+
+  private func takeEvents(_ now: MonotonicTime) {
+    while true {
+      if let event = session?.nextEvent() {
+        take(event, now)
+      } else if let event = candidate?.nextEvent() {
+        takeCandidate(event, now)
+      } else {
+        return
+      }
+    }
   }
 
   private func take(_ event: FrontEndSession.Event, _ now: MonotonicTime) {
@@ -330,11 +394,14 @@ package final class DeviceFrontEnd {
     case .activated:
       if state == .activating { state = .running }
       if isRestoring { finishRestoring() }
-    case .stopped:
+    case .prepared: break
+    case .stopped(let bases):
+      if isExchanging { return finishDraining(bases, now) }
       guard state == .pausing else { break }
       state = .paused
       events.append(.paused)
     case .resumed:
+      if isExchanging { return finishUndoing(now) }
       if state == .activating { state = .running }
       finishResume(now)
     case .reset:
@@ -383,7 +450,9 @@ package final class DeviceFrontEnd {
 
   func lose(_ error: VhostUserError, mayAwait: Bool = true) {
     if mayAwait, awaitsSuccessor, offer != nil, state != .pausing, state != .paused { return detach(error) }
-    let wasPausing = state == .pausing
+    abandonExchange()
+    let wasPausing = state == .pausing || awaitsPause
+    awaitsPause = false
     state = .lost
     session?.abandon()
     activation = nil

@@ -66,14 +66,7 @@ extension Core {
     for device in devices {
       while let event = device.frontEnd.nextEvent() {
         switch event {
-        case .ready:
-          guard let number = device.frontEnd.channelNumber else { break }
-          do {
-            try loop.add(number: number, for: .readable, token: .deviceChannel(device.key))
-            device.watchedChannel = number
-          } catch {
-            Log.warning("Device \(device.assignment.id): \(error.description)")
-          }
+        case .ready: watchChannel(device)
         case .channelClosed: stopWatchingChannel(device)
         case .lost(let error), .detached(let error):
           // The supervisor tells the person, from the report or the failure that follows.
@@ -87,9 +80,20 @@ extension Core {
         case .restored:
           device.reason = ""
           if let sequence = device.reattachSequence.take() { answer(.done, sequence) }
+        case .examined, .exchanged, .exchangeFailed: take(event, ofExchange: device)
         case .paused, .resumed: break
         }
       }
+    }
+  }
+
+  func watchChannel(_ device: CoreDevice) {
+    guard let number = device.frontEnd.channelNumber else { return }
+    do {
+      try loop.add(number: number, for: .readable, token: .deviceChannel(device.key))
+      device.watchedChannel = number
+    } catch {
+      Log.warning("Device \(device.assignment.id): \(error.description)")
     }
   }
 

@@ -39,6 +39,9 @@ extension Core {
       guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
       device.frontEnd.giveUp()
       answer(.done, sequence)
+    case .examine(let id): examine(id, sequence, &descriptors)
+    case .exchange(let id, let drain): exchange(id, drain, sequence)
+    case .forget(let id): forget(id, sequence)
     }
   }
 

@@ -24,6 +24,9 @@ final class CoreDevice {
   var lastReport: DeviceReport?
   /// The request to give it a new back end, until that is done.
   var reattachSequence: UInt32?
+  /// The request to examine or exchange a back end, until that is done.
+  var exchangeSequence: UInt32?
+  var watchedCandidate: CInt?
   /// The request to add it to a guest that runs, until that is done.
   var plugSequence: UInt32?
   /// Requests to take it away, until nothing is left of it.
@@ -96,7 +99,9 @@ final class CoreDevice {
     }
     var configuration = assignment.configuration.isEmpty ? offer.configuration ?? [] : assignment.configuration
     var features = offer.features.union(assignment.ownFeatures)
-    if queueCount == 1, assignment.deviceType == .block { features.remove(.blockMultipleQueues) }
+    if queueCount == 1, assignment.deviceType == .block { frontEnd.hiddenFeatures = .blockMultipleQueues }
+    features.subtract(frontEnd.hiddenFeatures)
+    frontEnd.ownFeatures = assignment.ownFeatures
     let queueLimit = QueueCountField(assignment.deviceType, queueCount: queueCount, configuration: configuration)
     queueLimit?.apply(to: &configuration)
     let description = VirtioPCIFunction.Description(
@@ -129,7 +134,7 @@ final class CoreDevice {
       case .detached, .reattaching: .waiting
       case .broken: .needsReset
       case .idle, .resetting: .connected
-      case .activating, .running, .pausing, .paused: frontEnd.activeQueues.isEmpty ? .connected : .active
+      case .activating, .running, .pausing, .paused, .exchanging: frontEnd.activeQueues.isEmpty ? .connected : .active
       }
     let active = Set(frontEnd.activeQueues)
     let queues = assignment.queueSizes.enumerated().map { index, size in

@@ -83,7 +83,9 @@ final class ControlServer {
   }
 
   private static func waitingOrder(_ socket: borrowing OwnedFD) -> String? {
-    guard let line = Spawner.waitingLine(socket), line.starts(with: Array("\(DeviceOrder.verb) ".utf8)) else { return nil }
+    guard let line = Spawner.waitingLine(socket),
+      [DeviceOrder.verb, ReplaceOrder.verb].contains(where: { line.starts(with: Array("\($0) ".utf8)) })
+    else { return nil }
     return String(decoding: line, as: UTF8.self)
   }
 

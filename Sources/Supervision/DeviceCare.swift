@@ -99,6 +99,9 @@ final class DeviceCare {
     if image != nil { for resource in resources { resource.close() } } else { self.resources = resources }
   }
 
+  /// In a fork that does not have them.
+  func abandonResources() { for resource in resources { _ = resource.take()?.release() } }
+
   /// One more death: when the next process is due; nil when there were too many.
   func delay(afterDeathAt now: MonotonicTime) -> Duration? {
     deaths.removeAll { now.since($0) > Self.window }

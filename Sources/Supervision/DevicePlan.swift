@@ -51,10 +51,12 @@ struct DevicePlanner {
   private var nextSlot: UInt8 = 1
   /// What the spawner has opened, in the order in which it is asked for here; nil: everything is opened here.
   private var opened: [FDBox]?
+  private let claims: ImageClaims
 
   init(
-    configuration: VMConfiguration, guardian: TerminalGuard, host: @escaping () -> HostWalls, opened: [FDBox]? = nil
+    configuration: VMConfiguration, guardian: TerminalGuard, claims: ImageClaims, host: @escaping () -> HostWalls, opened: [FDBox]? = nil
   ) {
+    self.claims = claims
     self.opened = opened
     self.configuration = configuration
     self.guardian = guardian
@@ -129,16 +131,22 @@ struct DevicePlanner {
     switch disk.source {
     case .external(let source): return DevicePlan(assignment, try external(source, disk.id))
     case .image(let path, let readOnly):
+      let claims = claims
       let image = try open { () throws(SupervisionError) in
-        try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id)
+        try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id, claims)
       }
-      var arguments = ["--blk-fd=\(firstResource)", "--num-queues=\(disk.queueCount)", "--queue-size=\(disk.queueSize)"]
-      if readOnly { arguments.append("--read-only") }
-      arguments += disk.backEndArguments
-      arguments.append("--serial=\(disk.serial ?? String(disk.id.prefix(VMConfiguration.Limits.serial)))")
       return DevicePlan(
-        assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))
+        assignment, .program("martlet-block", arguments: Self.arguments(disk, readOnly), resources: [image], isOnTerminal: false))
     }
+  }
+
+  /// What the block program is told of a disk.
+  static func arguments(_ disk: VMConfiguration.Disk, _ readOnly: Bool) -> [String] {
+    var arguments = ["--blk-fd=\(firstResource)", "--blk-locked", "--num-queues=\(disk.queueCount)", "--queue-size=\(disk.queueSize)"]
+    if readOnly { arguments.append("--read-only") }
+    arguments += disk.backEndArguments
+    arguments.append("--serial=\(disk.serial ?? String(disk.id.prefix(VMConfiguration.Limits.serial)))")
+    return arguments
   }
 
   private mutating func plan(_ net: VMConfiguration.Net) throws(SupervisionError) -> DevicePlan {

@@ -25,26 +25,65 @@ enum HostFiles {
     return fd
   }
 
-  /// A disk image or block device, locked against other users: a write lock for writers, a read lock for readers. The
-  /// lock belongs to the open file description and so goes with the descriptor to the block process.
+  /// A disk image or block device, locked against other users (`ImageLock`): what its process gets. The VM's own part goes to
+  /// `claims`.
   /// - Parameter isShared: no lock; others may write.
-  static func image(_ path: String, readOnly: Bool, isShared: Bool = false, disk: String) throws(SupervisionError) -> OwnedFD {
+  static func image(
+    _ path: String, readOnly: Bool, isShared: Bool = false, disk: String, claimedAs name: String? = nil, _ claims: ImageClaims
+  ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     // O_EXCL without O_CREAT claims a block device that is not mounted, and means nothing for a regular file.
     let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR | O_EXCL) | O_NONBLOCK, what: what)
+    try checkImage(fd, path, what)
+    guard !isShared, try lock(fd, path, readOnly: readOnly, disk: disk), !readOnly else { return fd }
+    let image = try imageAgain(path, readOnly: false, disk: disk, sameAs: try examine(fd))
+    guard case .had = ImageLock.divide(fd.rawValue, image.rawValue) else { throw .imageInUse(disk: disk, path: path, holder: nil) }
+    claims.take(name ?? disk, fd)
+    return image
+  }
+
+  /// The image for a process that is to take over from one that lives: the same file, or another one, which becomes the VM's
+  /// beside it.
+  /// - Parameters:
+  ///   - candidate: under which name the VM's own part is kept until then.
+  ///   - present: what the disk has now.
+  static func imageBeside(
+    _ path: String, readOnly: Bool, isShared: Bool, disk: String, candidate: String, present: FileStatus?, _ claims: ImageClaims
+  ) throws(SupervisionError) -> OwnedFD {
+    let what = "image of disk \(disk)"
+    let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK, what: what)
+    try checkImage(fd, path, what)
+    let status = try examine(fd)
+    guard let present, present.device == status.device, present.inode == status.inode else {
+      return try image(path, readOnly: readOnly, isShared: isShared, disk: disk, claimedAs: candidate, claims)
+    }
+    if isShared { return fd }
+    if readOnly {
+      guard case .refused = ImageLock.takeToRead(fd.rawValue) else { return fd }
+      throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status))
+    }
+    if case .refused = ImageLock.share(fd.rawValue) { throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status)) }
+    // Somebody else's program has had it until now.
+    if !claims.has(disk) {
+      let owner = try imageAgain(path, readOnly: false, disk: disk, sameAs: status)
+      if case .refused = ImageLock.own(owner.rawValue) {
+        throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status))
+      }
+      claims.take(candidate, owner)
+    }
+    return fd
+  }
+
+  private static func checkImage(_ fd: borrowing OwnedFD, _ path: String, _ what: String) throws(SupervisionError) {
     let kind = try examine(fd).kind
     guard kind == .regular || kind == .blockDevice else {
       throw .wrongKind(what: what, path: path, wants: "a regular file or block device")
     }
     try clearNonBlocking(fd)
-    if !isShared { try lock(fd, path, readOnly: readOnly, disk: disk) }
-    return fd
   }
 
   /// The image of a disk opened anew for its next process, which may not use it before `claim` has succeeded.
-  static func imageAgain(
-    _ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus?
-  ) throws(SupervisionError) -> OwnedFD {
+  static func imageAgain(_ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus?) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd: OwnedFD
     do { fd = try OwnedFD.open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY) } catch {
@@ -62,12 +101,11 @@ enum HostFiles {
   /// had once nothing of the process before is under way any more: its requests hold its own open file, and with it the lock,
   /// until the last one has ended. False: not yet.
   static func claim(_ image: CInt, _ path: String, readOnly: Bool, disk: String) throws(SupervisionError) -> Bool {
-    let result = clinux_ofd_lock(image, CInt(readOnly ? F_RDLCK : F_WRLCK))
-    switch -result {
-    case 0: return true
-    case EAGAIN, EACCES: return false
+    switch readOnly ? ImageLock.takeToRead(image) : ImageLock.shareAlone(image) {
+    case .had: return true
+    case .refused: return false
     // A file system without locks: there is no fence to be had. The disk is not used again.
-    default: throw .file(what: "image of disk \(disk)", path: path, Errno(-result))
+    case .failed(let error): throw .file(what: "image of disk \(disk)", path: path, error)
     }
   }
 
@@ -85,21 +123,21 @@ enum HostFiles {
   /// A block process that has ended can leave its lock behind for a moment: the kernel keeps the file open until its
   /// ring's last request has come back. Such a lock has no holder in /proc and is waited for; taking the lock then also
   /// proves that no write of the dead process is still under way. A lock with a holder is refused at once.
+  /// - Returns: false on a file system without locks.
   private static func lock(
     _ fd: borrowing OwnedFD, _ path: String, readOnly: Bool, disk: String
-  ) throws(SupervisionError) {
+  ) throws(SupervisionError) -> Bool {
     let end = MonotonicTime.now.advanced(by: drainTime)
     while true {
-      let result = clinux_ofd_lock(fd.rawValue, CInt(readOnly ? F_RDLCK : F_WRLCK))
-      switch -result {
-      case 0: return
-      case EAGAIN, EACCES:
+      switch readOnly ? ImageLock.takeToRead(fd.rawValue) : ImageLock.takeAll(fd.rawValue) {
+      case .had: return true
+      case .refused:
         let holder = LockHolder.describe(of: try examine(fd))
         if holder != nil || .now >= end { throw .imageInUse(disk: disk, path: path, holder: holder) }
         _ = usleep(5000)
-      default:
-        Log.warning("Image '\(path)' of disk \(disk) cannot be locked (\(Errno(-result).explanation)); do not use it twice")
-        return
+      case .failed(let error):
+        Log.warning("Image '\(path)' of disk \(disk) cannot be locked (\(error.explanation)); do not use it twice")
+        return false
       }
     }
   }

@@ -18,6 +18,8 @@ extension Spawner {
     var statistics: FDBox?
   }
 
+  /// Said of a candidate for which an image was claimed.
+  static let otherImage = "other image"
   /// Longer orders are refused.
   static let orderLimit = 4096
 
@@ -30,7 +32,7 @@ extension Spawner {
   /// Who may give orders: root, and whoever started the VM. Not the supervisor, which could connect to itself.
   static func check(_ client: borrowing OwnedFD, _ supervisor: Supervisor) throws(SupervisionError) {
     guard let peer = try? UnixSocket.peer(of: client), peer.uid == 0 || peer.uid == supervisor.userID, peer.pid != getppid() else {
-      throw .launch("Only root and the user who started the VM can add devices to it")
+      throw .launch("Only root and the user who started the VM can give it programs and files")
     }
   }
 
@@ -54,6 +56,7 @@ extension Spawner {
     }
     let identity = try identity(offered, supervisor)
     let words = line.split(separator: " ", maxSplits: 1).map(String.init)
+    if words.count == 2, words[0] == ReplaceOrder.verb { return try serve(replacement: line, identity, null: null, supervisor) }
     guard words.count == 2, words[0] == DeviceOrder.verb else { throw .launch("This is no order to add a device") }
     let (plan, text) = try supervisor.plan(Supervisor.order(words[1]), opened: nil)
     let id = plan.assignment.id
@@ -85,6 +88,45 @@ extension Spawner {
   }
 }
 
+extension Spawner {
+  /// Opens what a candidate needs, and remembers how it is started, beside what is known of the device.
+  private static func serve(
+    replacement line: String, _ identity: ChildIdentity?, null: CInt, _ supervisor: Supervisor
+  ) throws(SupervisionError) -> Opened {
+    let order: ReplaceOrder
+    do { order = try ReplaceOrder(line: line) } catch { throw .launch(error.message) }
+    let id = order.id
+    let name = Supervisor.candidateName(id)
+    supervisor.dropCandidate(id)
+    let plan = try supervisor.plan(order, opened: nil)
+    supervisor.candidates[id] = plan
+    supervisor.cares[name] = plan.care
+    do throws(SupervisionError) {
+      switch plan.care.kind {
+      case .external: return Opened(resources: plan.resources, text: "", takesIdentity: false)
+      case .jailed(let jailed):
+        let identity = jailed.keepsIdentity ? nil : identity
+        _ = try jailed.plan(identity, null: null, socket: null)
+        supervisor.knownJailed[name] = (jailed, identity)
+        return Opened(resources: [], text: "", takesIdentity: !jailed.keepsIdentity)
+      case .program(let program, let arguments, let isOnTerminal):
+        let queueCount = supervisor.assignments.first { $0.id == id }?.queueSizes.count ?? 1
+        let launch = supervisor.backEndLaunch(
+          name, program, ["--fd=3"] + arguments, resourceCount: plan.resources.count, queueCount: queueCount, isOnTerminal: isOnTerminal,
+          identity: identity)
+        supervisor.knownLaunches[name] = (program, launch)
+        // Of a tap or a terminal the supervisor has its own.
+        return Opened(
+          resources: plan.care.image == nil ? [] : plan.resources, text: supervisor.claims.has(name) ? otherImage : "", takesIdentity: true)
+      }
+    } catch {
+      supervisor.candidates[id] = nil
+      supervisor.dropCandidate(id)
+      throw error
+    }
+  }
+}
+
 extension Supervisor {
   static func order(_ words: String) throws(SupervisionError) -> DeviceOrder {
     do { return try DeviceOrder(words: words) } catch { throw .launch(error.message) }
@@ -101,7 +143,8 @@ extension Supervisor {
       var patient = configuration
       // Others wait meanwhile: who does not accept at once is not there.
       patient.deadlines.connect = min(patient.deadlines.connect, 200)
-      var planner = DevicePlanner(configuration: patient, guardian: guardian, host: { [self] in hostWalls() }, opened: opened)
+      var planner = DevicePlanner(
+        configuration: patient, guardian: guardian, claims: claims, host: { [self] in hostWalls() }, opened: opened)
       let plan = try planner.planDevice(after.id)
       cares[after.id] = try care(for: plan, isOpenedHere: opened == nil)
       return (plan, planner.announcements.joined(separator: "; "))

@@ -11,7 +11,7 @@ import HostSystem
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy, startJailed, resize, order, forget
+    case image, connect, tidy, startJailed, resize, order, forget, adopt, drop
   }
 
   private enum Outcome: UInt8 {
@@ -106,6 +106,12 @@ final class Spawner {
   /// The device is no longer the VM's.
   func forget(_ id: String) { _ = try? ask(.forget, id) }
 
+  /// The candidate of `id` is its back end now.
+  func adopt(_ id: String) { _ = try? ask(.adopt, id) }
+
+  /// The candidate of `id` is none any more.
+  func drop(_ id: String) { _ = try? ask(.drop, id) }
+
   private static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
 
   private func ask(_ order: Order, _ id: String, _ descriptors: [CInt] = []) throws(SupervisionError) -> (Outcome, Int32, [FDBox]) {
@@ -144,6 +150,8 @@ final class Spawner {
 
   /// Until the supervisor is gone; does not return.
   private static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
+    supervisor.claims.abandon()
+    for care in supervisor.cares.values { care.abandonResources() }
     while case (.some(let request), let received) = receive(socket) {
       var number: Int32 = 0
       var descriptors: [FDBox] = []
@@ -192,6 +200,13 @@ final class Spawner {
           text = opened.text
           number = (opened.takesIdentity ? 1 : 0) | (opened.statistics == nil ? 0 : 2)
         case .forget: supervisor.forget(id)
+        case .adopt:
+          if let plan = supervisor.candidates.removeValue(forKey: id) {
+            supervisor.adopt(id, plan.care, plan.configuration, plan.extraArguments)
+          }
+        case .drop:
+          supervisor.candidates[id] = nil
+          supervisor.dropCandidate(id)
         case nil: throw unknown("")
         }
       } catch {

@@ -42,7 +42,9 @@ extension Supervisor {
     case .stats: return tellStatistics(arguments.first, to: client)
     case .resizeDisk: return resizeDisk(arguments, for: client)
     case .events: return tellEvents(arguments, to: client)
-    case .add: return refuse(client, "An order to add a device is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
+    case .add, .replace:
+      return refuse(client, "An order that names files or programs is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
+    case .upgrade: return refuse(client, "An upgrade is a replacement of one device after the other; martlet ctl asks for each")
     case .remove: return removeDevice(arguments, for: client)
     case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
     case .info: message = .information

@@ -29,6 +29,7 @@ extension Supervisor {
   func endDevices() {
     channel = nil
     dropSpares()
+    dropReplacement()
     phase = .endingDevices(.now.advanced(by: Self.deviceGrace), signalled: false)
     if processes.allSatisfy({ !$0.isAlive }) { phase = .ended }
     endJailed()
@@ -49,6 +50,7 @@ extension Supervisor {
     case .running:
       if let first = quietEnds.first { consider(first.deadline) }
       if let time = nextHotPlugStep() { consider(time) }
+      if let time = replacement?.deadline { consider(time) }
       for care in cares.values { if let time = care.nextStep(ready: configuration.deadlines.ready) { consider(time) } }
     case .ended: break
     }
@@ -97,6 +99,7 @@ extension Supervisor {
       try reportQuietEnds(now)
       restartDue(now)
       hotPlugDue(now)
+      replacementDue(now)
     default: break
     }
   }

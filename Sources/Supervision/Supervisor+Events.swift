@@ -117,6 +117,7 @@ extension Supervisor {
       if end == .exited(code: 1) { throw .endedEarly(process: process.id, program: process.program, end: end) }
       throw .coreLost(end)
     case .running where index == coreIndex: throw .coreLost(end)
+    case .running where replacementNeeds(index): replacedOrCandidateEnded(index, end)
     case .running where departing(process) != nil: if let id = departing(process) { finishDeparture(id) }
     case .running where additions[process.id] != nil: abandon(process.id, "\(process.program) of \(process.id) \(end) before it was ready")
     case .starting, .running:
@@ -178,8 +179,10 @@ extension Supervisor {
     case .started:
       guestHasStarted = true
       try goOnStarting()
-    case .done, .refused, .information, .plugged:
-      if !answerAddition(sequence, message), !answerReattach(sequence, message) { answer(sequence, message) }
+    case .done, .refused, .information, .plugged, .examined:
+      if !answerReplacement(sequence, message), !answerAddition(sequence, message), !answerReattach(sequence, message) {
+        answer(sequence, message)
+      }
     case .unplugged(let id): deviceIsUnplugged(id)
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)

@@ -34,6 +34,7 @@ extension Supervisor {
     guard let control, let number = control.number(of: client) else { return }
     // The spawner looks at it where it waits; it is taken out here, whatever becomes of it.
     defer { control.takeOrder(from: client) }
+    if line.hasPrefix("\(ReplaceOrder.verb) ") { return handleReplacement(line, from: client, number) }
     guard phase == .running else { return refuse(client, phase == .starting ? "The VM is still starting; ask again" : "The VM is ending") }
     var offered: ChildIdentity?
     do throws(SupervisionError) {
@@ -147,6 +148,7 @@ extension Supervisor {
     let id = arguments[0]
     if additions[id] != nil { return refuse(client, "Device '\(id)' is still being added; ask again") }
     if departures[id] != nil { return refuse(client, "Device '\(id)' is being removed already") }
+    if replacement?.id == id { return refuse(client, "Device '\(id)' is being given another back end; ask again") }
     guard assignments.contains(where: { $0.id == id }) else {
       let names = assignments.map(\.id)
       let near = EditDistance.nearest(to: id, in: names).map { "; did you mean '\($0)'? This" } ?? "; this"

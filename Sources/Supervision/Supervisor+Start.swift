@@ -26,10 +26,15 @@ extension Supervisor {
     if let path = configuration.initramfs {
       initramfs = FDBox(try HostFiles.payload(path, what: "initramfs", memory: configuration.memorySize))
     }
-    var planner = DevicePlanner(configuration: configuration, guardian: guardian, host: { [self] in hostWalls() })
+    var planner = DevicePlanner(configuration: configuration, guardian: guardian, claims: claims, host: { [self] in hostWalls() })
     let devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
-    for device in devices { cares[device.assignment.id] = try care(for: device) }
+    for device in devices {
+      let id = device.assignment.id
+      cares[id] = try care(for: device)
+      // A disk may be given to our own program later.
+      if device.assignment.deviceType == .block { _ = try statisticsMemory(of: id, queueCount: device.assignment.queueSizes.count) }
+    }
     var serial: TerminalPlan?
     if configuration.serial != .off, configuration.serial != .null {
       serial = try planner.planTerminal(configuration.serial, option: "--serial")
@@ -196,7 +201,7 @@ extension Supervisor {
     // They are counted by uid.
     if cares[id]?.policy.hasSpare == true { threadLimit *= 2 }
     return ChildLaunch(
-      arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(id)"],
+      arguments: [program] + arguments + walls.arguments + ["--ready-fd=4", "--title=vm/\(configuration.name)/\(Self.device(of: id))"],
       descriptors: [], identity: identity, fileLimit: Self.deviceFileLimit, parentDeathSignal: isOnTerminal ? SIGTERM : SIGKILL,
       namespaces: walls.namespaces, threadLimit: threadLimit)
   }
@@ -232,11 +237,15 @@ extension Supervisor {
 
   /// The start itself: here before our own walls stand, afterwards in the spawner.
   func start(_ launch: ChildLaunch, _ program: String, asSibling: Bool = false) throws(SupervisionError) -> StartedChild {
-    let executable =
+    let executable: OwnedFD
+    if program.contains("/") {
+      do { executable = try OwnedFD.open(program, pathOnly) } catch { throw .file(what: "program", path: program, error.errno) }
+    } else {
       switch programs {
-      case .some(let programs): try programs.open(program)
+      case .some(let programs): executable = try programs.open(program)
       case .none: throw .program(name: program, directory: "", .noEntry)
       }
+    }
     do { return try launch.start(executable, asSibling: asSibling) } catch {
       throw .launch(error.message + (walls.mode == .off ? "" : Stage.fork.remedy))
     }
@@ -262,6 +271,7 @@ extension Supervisor {
 
   /// A back end said READY: its socket goes to the core, and our copy is closed.
   func handOver(_ index: Int) throws(SupervisionError) {
+    if isCandidate(index) { return candidateIsReady() }
     guard let waiting = waitingSockets.removeValue(forKey: index) else { return try successorIsReady(index) }
     if phase == .running { return try handOverAddition(waiting.assignment.id, waiting.socket) }
     guard phase == .starting else { return }

@@ -48,7 +48,7 @@ extension Supervisor {
     if let id, !assignments.contains(where: { $0.id == id }) { return refuse(client, "There is no device '\(id)'") }
     var devices: [JSONValue] = []
     for assignment in assignments where id == nil || assignment.id == id {
-      guard let memory = statistics[assignment.id] else { continue }
+      guard let memory = statistics[assignment.id], case .program? = cares[assignment.id]?.kind else { continue }
       devices.append(
         .record([
           "id": .string(assignment.id), "type": .string(assignment.deviceType.description),

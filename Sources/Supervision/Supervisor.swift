@@ -68,6 +68,14 @@ package final class Supervisor {
   var reports: [String: DeviceReport] = [:]
   /// Our ends of the lines on which consoles at our terminal tell of the escape key, by process index.
   var escapeLines: [Int: FDBox] = [:]
+  /// The VM's own part of the locks on its images. Each is where the image was opened: here, or in the spawner.
+  let claims = ImageClaims()
+  /// A back end that is to take over from one that serves.
+  var replacement: Replacement?
+  /// In the spawner: those it has opened everything for, by device.
+  var candidates: [String: ReplacementPlan] = [:]
+  /// Arguments that programs were given behind their own, by device.
+  var extraArguments: [String: [String]] = [:]
   /// What is known of every device for the day its back end dies.
   var cares: [String: DeviceCare] = [:]
   /// How each process but the core was started.

@@ -13,6 +13,13 @@ extension FrontEndSession {
       try check(activation)
       self.activation = activation
       return try activationSteps(activation)
+    case .prepare(let activation):
+      try check(activation)
+      self.activation = activation
+      return try preparationSteps(activation) + sizeSteps(activation)
+    case .begin(let bases):
+      guard let activation, !isRunning else { throw .misuse("rings are begun that were not prepared") }
+      return vringSteps(activation, bases: bases)
     case .stop(let mode): return stopSteps(mode)
     case .resume:
       guard let activation, !isRunning else { throw .misuse("rings are resumed that are not stopped") }
@@ -44,17 +51,20 @@ extension FrontEndSession {
     case .negotiate:
       offer = draft
       events.append(.negotiated(draft))
-    case .activate:
+    case .prepare: events.append(.prepared)
+    case .activate, .begin:
       isRunning = true
       events.append(.activated)
     case .stop:
       isRunning = false
+      hasBegunRings = false
       events.append(.stopped(bases))
     case .resume:
       isRunning = true
       events.append(.resumed)
     case .reset:
       isRunning = false
+      hasBegunRings = false
       activation = nil
       bases = []
       // A reset guest starts with a new area.
@@ -92,11 +102,20 @@ extension FrontEndSession {
   // MARK: Sequences
 
   private mutating func activationSteps(_ activation: BackEndActivation) throws(VhostUserError) -> [Step] {
+    try preparationSteps(activation) + vringSteps(activation, bases: [])
+  }
+
+  /// Everything of an activation but its rings.
+  private mutating func preparationSteps(_ activation: BackEndActivation) throws(VhostUserError) -> [Step] {
     guard let offer else { return [] }
     var features = activation.features
     if offer.hasProtocolFeatures { features.insert(.vhostUserProtocolFeatures) }
     let told = offer.protocolFeatures.contains(.config) ? activation.configuration.map { step(.setConfig($0)) } : []
-    return [step(.setFeatures(features))] + told + (try memorySteps(activation.regions, offer)) + vringSteps(activation, bases: [])
+    return [step(.setFeatures(features))] + told + (try memorySteps(activation.regions, offer))
+  }
+
+  private func sizeSteps(_ activation: BackEndActivation) -> [Step] {
+    activation.vrings.map { step(.setVringNum(VringState(index: UInt32($0.index), number: UInt32($0.size)))) }
   }
 
   /// The whole table in one message where it fits, else region by region.
@@ -117,9 +136,7 @@ extension FrontEndSession {
   /// because the kick starts it. It is enabled before that: the driver may have made buffers available and kicked already,
   /// and a network card drops what a ring that runs but is disabled contains.
   private func vringSteps(_ activation: BackEndActivation, bases: [VringState]) -> [Step] {
-    var steps = activation.vrings.map { vring in
-      step(.setVringNum(VringState(index: UInt32(vring.index), number: UInt32(vring.size))))
-    }
+    var steps = sizeSteps(activation)
     if offer?.protocolFeatures.contains(.inflightShmFD) == true {
       let wanted = InflightDescription(
         queueCount: UInt16((activation.vrings.map(\.index).max() ?? 0) + 1),

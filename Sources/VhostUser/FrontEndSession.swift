@@ -19,6 +19,8 @@ public struct FrontEndSession: ~Copyable {
   /// What became of an operation, or of the back end.
   public enum Event: Equatable, Sendable {
     case negotiated(Offer)
+    /// Features, memory and ring sizes have been taken; no ring runs.
+    case prepared
     /// All rings run.
     case activated
     /// All rings are stopped, with the base each would go on from.
@@ -46,6 +48,8 @@ public struct FrontEndSession: ~Copyable {
   enum Operation: Sendable {
     case negotiate
     case activate(BackEndActivation)
+    case prepare(BackEndActivation)
+    case begin([VringState])
     case stop(StopMode)
     case resume
     case reset
@@ -97,6 +101,8 @@ public struct FrontEndSession: ~Copyable {
   /// What runs, or what `stop` stopped.
   var activation: BackEndActivation?
   var isRunning = false
+  /// Some ring has been given its kick since rings were last stopped, so that the back end may have worked on it.
+  public internal(set) var hasBegunRings = false
   var bases: [VringState] = []
   /// The regions the back end holds because of `ADD_MEM_REG`.
   var addedRegions: [RegionDescription] = []
@@ -183,11 +189,27 @@ public struct FrontEndSession: ~Copyable {
   /// Features, memory and rings. Ends with `.activated`. Only after `.negotiated`, and not while rings run.
   public mutating func activate(_ activation: BackEndActivation, now: MonotonicTime) { begin(.activate(activation), now) }
 
+  /// All of an activation but the rings themselves, so that what takes time or may be refused is done before another back end
+  /// stops. Ends with `.prepared`; may be repeated.
+  public mutating func prepare(_ activation: BackEndActivation, now: MonotonicTime) { begin(.prepare(activation), now) }
+
+  /// Starts the prepared rings at `bases`, with the record of requests in flight that another back end of the same rings has kept.
+  /// Ends with `.activated`.
+  public mutating func begin(at bases: [VringState], _ inflight: InflightKept?, now: MonotonicTime) {
+    // One that keeps no record would leave what it is given to grow stale.
+    self.inflight = offer?.protocolFeatures.contains(.inflightShmFD) == true ? inflight : nil
+    begin(.begin(bases), now)
+  }
+
   /// Stops all rings. Ends with `.stopped`; nothing runs: at once.
   public mutating func stop(_ mode: StopMode = .drain, now: MonotonicTime) { begin(.stop(mode), now) }
 
   /// Starts the rings that `stop` stopped from where they were. Ends with `.resumed`.
-  public mutating func resume(now: MonotonicTime) { begin(.resume, now) }
+  /// - Parameter newBases: where they are instead, when another back end has worked on them meanwhile.
+  public mutating func resume(at newBases: [VringState]? = nil, now: MonotonicTime) {
+    if let newBases { bases = newBases }
+    begin(.resume, now)
+  }
 
   /// Stops all rings and resets the device, where that was negotiated. Ends with `.reset`.
   public mutating func reset(now: MonotonicTime) { begin(.reset, now) }
@@ -280,6 +302,7 @@ public struct FrontEndSession: ~Copyable {
     } else {
       isUnacknowledged = true
     }
+    if case .setVringKick = step.message { hasBegunRings = true }
     try connection.send(
       step.message.header(needsReply: acknowledges), step.message.payload,
       descriptors: step.descriptors.map { $0.fd.rawValue })

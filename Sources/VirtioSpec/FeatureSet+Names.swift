@@ -7,6 +7,14 @@ extension FeatureSet {
     }
   }
 
+  /// Whether `device` gives the bit a meaning of its own; true for devices whose bits are not listed here.
+  public static func hasName(bit: Int, _ device: DeviceID) -> Bool {
+    deviceNames(of: device).contains { $0.bit == bit } || !isListed(device)
+  }
+
+  /// Devices of which it is known which bits they have; entropy sources have none.
+  private static func isListed(_ device: DeviceID) -> Bool { device == .entropy || !deviceNames(of: device).isEmpty }
+
   /// Names of ring and transport bits.
   static let transportNames: [(bit: Int, name: String)] = [
     (24, "NOTIFY_ON_EMPTY"), (26, "LOG_ALL"), (27, "ANY_LAYOUT"), (28, "INDIRECT_DESC"), (29, "EVENT_IDX"),

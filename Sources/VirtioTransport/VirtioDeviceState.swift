@@ -28,7 +28,8 @@ package struct VirtioDeviceState: Sendable {
   }
 
   package let device: DeviceID
-  package let offered: FeatureSet
+  /// What a driver that starts anew is offered; it may differ from what the present one was.
+  package internal(set) var offered: FeatureSet
   let vectorCount: Int
 
   package private(set) var status: DeviceStatus = []

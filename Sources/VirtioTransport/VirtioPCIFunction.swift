@@ -70,12 +70,8 @@ package struct VirtioPCIFunction: Sendable {
 
   package init(_ description: Description) throws(TransportError) {
     try Self.check(description)
-    // Bit 30 and the dirty log are between front end and back end (a guest that saw them could switch them on), and
-    // doorbells carry no data that would reach a back end through an eventfd.
-    let unwanted: FeatureSet = [.notificationData, .notificationConfigData, .adminQueue, .suspend, .singleRootIO]
-    let offered = description.offeredFeatures.subtracting(.vhostOnlyMask).subtracting(unwanted).union(.version1)
     state = VirtioDeviceState(
-      device: description.device, offered: offered, queueSizes: description.queueSizes,
+      device: description.device, offered: Self.offerable(description.offeredFeatures), queueSizes: description.queueSizes,
       vectorCount: description.vectorCount)
     msix = MSIXTable(vectorCount: description.vectorCount)
     configuration = DeviceConfiguration(
@@ -83,6 +79,13 @@ package struct VirtioPCIFunction: Sendable {
     (space, offsets) = Self.makeSpace(description, commonByteCount: state.commonByteCount)
     space.setAddress(description.baseAddress, ofBAR: VirtioPCILayout.bar)
     pristineSpace = space
+  }
+
+  /// Bit 30 and the dirty log are between front end and back end (a guest that saw them could switch them on), and doorbells
+  /// carry no data that would reach a back end through an eventfd.
+  private static func offerable(_ features: FeatureSet) -> FeatureSet {
+    let unwanted: FeatureSet = [.notificationData, .notificationConfigData, .adminQueue, .suspend, .singleRootIO]
+    return features.subtracting(.vhostOnlyMask).subtracting(unwanted).union(.version1)
   }
 
   private static func check(_ description: Description) throws(TransportError) {
@@ -106,6 +109,13 @@ package struct VirtioPCIFunction: Sendable {
   }
 
   // MARK: What the device side says
+
+  /// Another back end has other features: the next driver is offered these. Which registers there are stays as it was.
+  package mutating func offer(_ features: FeatureSet) {
+    var features = Self.offerable(features)
+    if state.offered.contains(.ringReset) { features.formUnion(.ringReset) } else { features.subtract(.ringReset) }
+    state.offered = features
+  }
 
   /// The back end has stopped all queues after `.reset`.
   package mutating func resetCompleted() {

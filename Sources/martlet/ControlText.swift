@@ -15,8 +15,35 @@ enum ControlText {
     case .resizeDisk: "the guest is told\n"
     case .events: (answer["events"]?.array ?? []).map(event).joined()
     case .add: "\(answer["id"]?.string ?? "") is in slot \(number(answer["slot"]))\n" + (answer["text"]?.string.map { $0 + "\n" } ?? "")
+    case .replace: replaced(answer)
+    // Said device by device.
+    case .upgrade: ""
     case .remove: "\(answer["id"]?.string ?? "") is removed\n"
     }
+  }
+
+  /// What was found of a back end that might take over, a line each.
+  static func findings(_ answer: JSONValue) -> String {
+    let rows = (answer["findings"]?.array ?? []).map { finding in
+      [finding["verdict"]?.string ?? "", finding["subject"]?.string ?? "", finding["text"]?.string ?? ""]
+    }
+    return rows.isEmpty ? "" : Output.table(rows)
+  }
+
+  private static func replaced(_ answer: JSONValue) -> String {
+    if answer["dry_run"]?.bool == true { return findings(answer) + "it could take over; nothing has changed\n" }
+    return findings(answer) + "served by \(answer["program"]?.string ?? "") now, after \(microseconds(answer["gap_us"]))\n"
+  }
+
+  /// One device of an upgrade.
+  static func upgraded(_ device: JSONValue) -> String {
+    let id = device["id"]?.string ?? ""
+    guard device["upgraded"]?.bool == true else { return "\(id): left as it is; \(device["text"]?.string ?? "")\n" }
+    return "\(id): upgraded, after \(microseconds(device["gap_us"]))\n"
+  }
+
+  private static func microseconds(_ value: JSONValue?) -> String {
+    value?.unsigned.map { "\($0 / 1000).\(String(1000 + $0 % 1000).dropFirst()) ms" } ?? "-"
   }
 
   /// One event, a line.

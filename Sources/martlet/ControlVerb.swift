@@ -7,6 +7,10 @@ let controlVerb = Verb(
   help: {
     var text = "usage: martlet ctl --control PATH REQUEST [--json]\n\nPATH is that of martlet run --control.\n\nRequests:\n"
     for verb in ControlVerb.allCases { text += HelpText.line("  \(verb.usage)", verb.summary) }
+    text += "\nOptions of replace:\n"
+    for (option, summary) in ReplaceOrder.optionLines { text += HelpText.line("  \(option)", summary) }
+    text += HelpText.line(
+      "  -- PROGRAM ...", "another build of ours, or with --jail somebody else's; left out: the present one, as it is installed now")
     text += "\nOptions:\n" + HelpText.line("  --json", "print the answer as one JSON object")
     return text + "\nExit codes: 0 done, 1 refused, 2 wrong command line, 3 no answer on the socket.\n"
   },
@@ -39,7 +43,13 @@ struct ControlRequest {
     let example = "--control web1.ctl"
     let names = ControlVerb.allCases.map(\.rawValue)
     while let word = rest.popFirst() {
-      if word == "--json" {
+      if verb == .replace, word != "--json", word != "--control", !word.hasPrefix("--control=") {
+        words.append(word)
+        guard word == "--" else { continue }
+        // The program's own words, whatever they look like.
+        words += rest
+        rest = []
+      } else if word == "--json" {
         isJSON = true
       } else if verb == .remove, word == "--force" {
         removal.append("force")
@@ -91,6 +101,12 @@ struct ControlRequest {
     self.verb = verb
     // What follows is started, or asked of the guest.
     if verb == .add || (verb == .remove && patience == .seconds(10)) { patience = .seconds(30) }
+    if verb == .replace {
+      let order = try ReplaceOrder(words: words).absolute(from: Self.directory, find: Self.find)
+      words = [order.line]
+      // Its process starts, the core looks at it, what is in flight ends: each has its own limit.
+      patience = .milliseconds(Int64(order.drain) + 120_000)
+    }
     if verb == .add {
       let order = try DeviceOrder(words: words.joined(separator: " "))
       words = [order.kind.rawValue, order.absolute(from: Self.directory).value]
@@ -100,6 +116,15 @@ struct ControlRequest {
     self.isJSON = isJSON
   }
 
+  /// The path of a program, as a shell would find it.
+  private static func find(_ name: String) -> String? {
+    let path = unsafe getenv("PATH").map { unsafe String(cString: $0) } ?? "/usr/bin:/bin"
+    return path.split(separator: ":").map { "\($0)/\(name)" }.first { path in
+      // SAFETY: a NUL-terminated copy that lives for the call.
+      unsafe access(path, X_OK) == 0
+    }
+  }
+
   private static var directory: String {
     // SAFETY: getcwd allocates, we free.
     guard let path = unsafe getcwd(nil, 0) else { return "" }
@@ -107,11 +132,44 @@ struct ControlRequest {
     return unsafe String(cString: path)
   }
 
+  /// One device after the other; the first failure ends it, with everything as it was from there on.
+  private func upgrade() throws(SystemError) -> JSONValue {
+    func ask(_ words: String) throws(SystemError) -> JSONValue {
+      let line = try LineSocket(path)
+      try line.send(words)
+      guard let answer = try line.next(within: .seconds(130)) else {
+        throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
+      }
+      return answer
+    }
+    let known = try ask(ControlVerb.devices.rawValue)
+    guard known["ok"]?.bool == true else { return known }
+    var reports: [JSONValue] = []
+    for device in known["devices"]?.array ?? [] {
+      guard let id = device["id"]?.string else { continue }
+      guard device["pid"]?.unsigned != nil else {
+        reports.append(.record(["id": .string(id), "upgraded": .bool(false), "text": .string("its back end was started by hand")]))
+        continue
+      }
+      let answer = try ask(ReplaceOrder(id: id, source: .same).line)
+      if answer["ok"]?.bool != true {
+        return .record([
+          "ok": .bool(false), "error": .string("\(id): \(answer["error"]?.string ?? "no answer that can be read")"),
+          "devices": .array(reports),
+        ])
+      }
+      reports.append(.record(["id": .string(id), "upgraded": .bool(true), "gap_us": answer["gap_us"] ?? .null]))
+      if !isJSON { Output.standard.write(ControlText.upgraded(reports[reports.count - 1])) }
+    }
+    return .record(["ok": .bool(true), "devices": .array(reports)])
+  }
+
   func perform() -> ExitCode {
     let answer: JSONValue
     do throws(SystemError) {
+      if verb == .upgrade { return show(answer: try upgrade()) }
       let line = try LineSocket(path)
-      try line.send(([verb.rawValue] + words).joined(separator: " "))
+      try line.send((verb == .replace ? words : [verb.rawValue] + words).joined(separator: " "))
       guard let first = try line.next(within: patience) else {
         throw SystemError("read an answer from '\(path)': the VM has ended", .connectionReset)
       }
@@ -130,7 +188,12 @@ struct ControlRequest {
       }
       return .resource
     }
+    return show(answer: answer)
+  }
+
+  private func show(answer: JSONValue) -> ExitCode {
     let isDone = answer["ok"]?.bool == true
+    if !isJSON, !isDone, verb == .replace { Output.standard.write(ControlText.findings(answer)) }
     if isJSON {
       Output.standard.write(answer.text + "\n")
     } else if isDone {

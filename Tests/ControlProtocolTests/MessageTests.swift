@@ -15,11 +15,13 @@ private let toCore: [SupervisorMessage] = [
       id: "net0", deviceType: .net, pciSlot: 31, queueSizes: [2, 32768], allowedFeatures: FeatureSet(rawValue: 1 << 63),
       ownFeatures: [.version1], configuration: [1, 2, 3])),
   .stream(.serial), .start(deviceCount: 0x1F), .pause, .resume, .powerButton, .reboot, .shutdown, .information, .reattach(id: "blk0"),
+  .examine(id: "blk0"), .exchange(id: "blk0", drain: 0x1234), .forget(id: "blk0"),
 ]
 
 private let toSupervisor: [CoreMessage] = [
   .plugged(slot: 31), .unplugged(id: "blk1"),
-  .ready, .started, .done, .refused("No."), .guest(.poweredOff), .guest(.crashed), .failed(.device, "Gone."),
+  .ready, .started, .done, .refused("No."), .examined([.init(.fine, "queues", "2"), .init(.refusal, "capacity", "Too small.")]),
+  .guest(.poweredOff), .guest(.crashed), .failed(.device, "Gone."),
   .information(
     VMInformation(state: .paused, resetCount: 3, uptime: .max, counters: [.init(name: "exits", value: 7)])),
   .device(
@@ -114,5 +116,36 @@ private let toSupervisor: [CoreMessage] = [
     let long = String(repeating: "ä", count: 2000)
     let (message, _) = try CoreMessage.decode(CoreMessage.refused(long).encode(sequence: 0))
     #expect(message == .refused(String(repeating: "ä", count: 512)))
+  }
+}
+
+@Suite struct ReplaceOrderTests {
+  @Test func anOrderComesBackAsItWas() throws {
+    let orders = [
+      ReplaceOrder(id: "blk0", source: .same), ReplaceOrder(id: "blk0", source: .socket("/a b/%41"), isDryRun: true, drain: 1),
+      ReplaceOrder(id: "net0", source: .program(["/p", "", "a\nb", "--", "%", "ä €"]), disk: "path=\"/a,b\",direct=on", drain: 600_000),
+      ReplaceOrder(id: "x", source: .jailed(["/usr/bin/q", "{listen}"], profile: "/p r")),
+    ]
+    for order in orders {
+      #expect(!order.line.contains("\n"))
+      #expect(try ReplaceOrder(line: order.line) == order)
+      // Never more than the line says, whatever is cut off.
+      for length in 0..<order.line.utf8.count { _ = try? ReplaceOrder(line: String(order.line.prefix(length))) }
+    }
+  }
+
+  @Test(arguments: [
+    "replace", "replace -x", "replace a program", "replace a program 2 x", "replace a program 0",
+    "replace a program 999999999999999999999 x",
+    "replace a drain 0", "replace a drain x", "replace a frob", "replace a socket", "replace a jail p program 1 x", "replace a jail p 1",
+    "replace a %4",
+    "add a",
+  ]) func aBrokenOrderIsRefused(_ line: String) { #expect(throws: ConfigurationError.self) { try ReplaceOrder(line: line) } }
+
+  @Test func pathsAreMeantFromWhereTheClientStands() throws {
+    let order = try ReplaceOrder(words: ["blk0", "--jail", "q.jail", "--disk=path=x,y=z", "--", "qsd", "./x", "{fd}"])
+    let whole = order.absolute(from: "/here", find: { "/bin/" + $0 })
+    #expect(whole.source == .jailed(["/bin/qsd", "./x", "{fd}"], profile: "/here/q.jail") && whole.disk == "path=/here/x,y=z")
+    #expect(try ReplaceOrder(words: ["blk0", "--socket=s"]).absolute(from: "/h", find: { _ in nil }).source == .socket("/h/s"))
   }
 }

@@ -161,7 +161,8 @@ final class FakeCore {
       if behaviour == "core-mute" { return }
       let counters = [VMInformation.Counter(name: "descriptors", value: UInt64(kept.count))]
       send(.information(VMInformation(state: state, resetCount: 2, uptime: 1_500_000_000, counters: counters)), sequence)
-    case .reattach, .giveUp: send(.done, sequence)
+    case .examine: send(.examined([]), sequence)
+    case .reattach, .giveUp, .exchange, .forget: send(.done, sequence)
     }
   }
 

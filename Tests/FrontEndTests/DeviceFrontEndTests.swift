@@ -7,7 +7,7 @@ import VirtioSpec
 import VirtioTransport
 
 /// The machine's side: registers, doorbells and vectors, and what was done with them.
-private final class FakeHost: DeviceHost {
+final class FakeHost: DeviceHost {
   var function: VirtioPCIFunction
   let kicks: [SharedDescriptor]
   let vectors: [SharedDescriptor]
@@ -33,7 +33,7 @@ private final class FakeHost: DeviceHost {
 }
 
 /// A guest's driver, the device's front end, a back end and the sockets between, by turns on this thread.
-private final class Bench {
+final class Bench {
   let device: DeviceFrontEnd
   let host: FakeHost
   var back: BackEndConnection?
@@ -45,7 +45,8 @@ private final class Bench {
 
   init(queues: Int = 2, wanted: ProtocolFeatures = [.mq, .replyAck, .config, .resetDevice]) throws {
     let pair = try UnixSocket.pair(.stream)
-    var configuration = FrontEndConfiguration(allowedFeatures: [Self.features, .ringReset, .accessPlatform, .packedRing])
+    var configuration = FrontEndConfiguration(
+      allowedFeatures: [Self.features, .ringReset, .accessPlatform, .packedRing, .blockReadOnly, FeatureSet(bit: 3)])
     configuration.wantedProtocolFeatures = wanted
     configuration.configurationByteCount = 60
     configuration.hearsConfigurationChanges = true
@@ -90,6 +91,20 @@ private final class Bench {
   struct NotReady: Error {}
 
   func killBackEnd() { back = nil }
+
+  /// Waits longer than any deadline but that of draining.
+  func expire() {
+    now = now.advanced(by: .seconds(2))
+    device.handleTimeout(now: now)
+  }
+
+  /// The back end's queue has come to rest.
+  func finishStop(_ index: Int) throws {
+    guard var living = back.take() else { return }
+    try living.finishStop(at: index, base: 5)
+    back = consume living
+    try settle()
+  }
 
   func write(_ offset: Int, _ width: Int, _ value: UInt64) {
     for effect in host.function.writeBAR(offset: UInt64(offset), width: width, value: value) { device.handle(effect, now: now) }

@@ -33,6 +33,8 @@ int clinux_ioctl_pointer(int fd, unsigned long request, void *argument);
 int clinux_fcntl(int fd, int command, long argument);
 // fcntl(F_OFD_SETLK): kind is F_RDLCK, F_WRLCK or F_UNLCK over the whole file.
 int clinux_ofd_lock(int fd, int kind);
+// The same over `length` bytes from `start` on; a length of 0 reaches as far as files can.
+int clinux_ofd_lock_range(int fd, int kind, int64_t start, int64_t length);
 int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
 // pipe2: reading end first.
 int clinux_pipe(int *ends, int flags);

@@ -5,7 +5,8 @@ import Sandbox
 
 /// A device served by somebody else's program, which we start in a jail: everything to start it, once and again.
 final class JailedDevice {
-  let id: String
+  /// Of the device, or the name under which a candidate for it is kept.
+  var id: String
   private let configuration: VMConfiguration.JailedProgram
   private let profile: JailProfile
   private let defines: [String: String]

@@ -1,0 +1,242 @@
+// Back ends that are replaced under a running guest that checks every byte.
+
+import Foundation
+import TestSupport
+import Testing
+
+@Suite(
+  "Back ends that are replaced under a running guest", .serialized,
+  .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs.")
+)
+struct ReplacementTests {
+  private static let profile =
+    URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
+    .deletingLastPathComponent().path + "/protocol/jails/qemu-storage-daemon.jail"
+  private static let hasStorageDaemon = access("/usr/bin/qemu-storage-daemon", X_OK) == 0
+  private static let broken =
+    URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent().appendingPathComponent("broken-backend")
+    .path
+
+  /// A guest that works on its disk until it has done `n` rounds, or idles.
+  private func start(_ home: WholeVM, _ line: String, disk: String = "path=disk.img", _ more: [String] = []) throws -> RunningProgram {
+    let vm = try home.start(["--cmdline", line, "--disk", disk, "--control", "ctl", "--serial", "file=serial.log"] + more)
+    try home.waitUntilRunning()
+    return vm
+  }
+
+  private func finish(_ home: WholeVM, _ vm: RunningProgram) {
+    let result = vm.wait(seconds: 120)
+    let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
+    #expect(result.code == 0, "\(result.errors.suffix(2000))")
+    #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000)) \(result.errors.suffix(1000))")
+    home.expectNothingLeft()
+  }
+
+  private func end(_ home: WholeVM, _ vm: RunningProgram) {
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  private func replace(_ home: WholeVM, _ words: String, _ location: SourceLocation = #_sourceLocation) throws {
+    let result = try home.ctl("replace " + words)
+    #expect(result.code == 0, "\(result.output) \(result.errors)", sourceLocation: location)
+  }
+
+  /// Refused with that reason, and the same process serves.
+  private func expectRefusal(_ home: WholeVM, _ words: String, _ reason: String, _ location: SourceLocation = #_sourceLocation) throws {
+    let before = home.processes
+    let result = try home.ctl("replace " + words)
+    #expect(result.code == 1 && result.output.contains(reason), "\(words): \(result)", sourceLocation: location)
+    #expect(home.processes == before, sourceLocation: location)
+    #expect(try home.ctl("devices").output.contains("\"state\":\"waiting") == false, sourceLocation: location)
+  }
+
+  private func descriptorCounts(_ home: WholeVM) -> [String: Int] {
+    home.processes.filter { ["core", "supervisor", "spawner"].contains($0.key) }.mapValues {
+      (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\($0)/fd").count) ?? 0
+    }
+  }
+
+  @Test("A disk's process is replaced again and again under verified writes, and nothing leaks", arguments: ["", " plain=1"])
+  func again(_ variant: String) throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=blk op=write depth=16 n=400000 span=2" + variant)
+    try replace(home, "blk0")
+    let counts = descriptorCounts(home)
+    var pids: Set<Int32> = []
+    for _ in 0..<12 where vm.isRunning {
+      try replace(home, "blk0")
+      if let pid = home.processes["blk0"] { pids.insert(pid) }
+    }
+    #expect(pids.count > 3, "\(vm.errorText)")
+    if vm.isRunning { #expect(descriptorCounts(home) == counts) }
+    finish(home, vm)
+  }
+
+  @Test("Another build takes over, and comes again when it dies; the disk moves to a copy and back")
+  func elsewhere() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=boot end=hang")
+    try home.shell("mkdir other; cp \(BuiltPrograms.path("martlet-block")) other/martlet-block; cp disk.img copy.img")
+    let first = home.processes["blk0"]
+    try replace(home, "blk0 --dry-run -- ./other/martlet-block --poll=off")
+    #expect(home.processes["blk0"] == first)
+    try replace(home, "blk0 -- ./other/martlet-block --poll=off")
+    let second = try #require(home.processes["blk0"])
+    #expect(second != first)
+    #expect(try home.ctl("devices").output.contains("/other/martlet-block"))
+    kill(second, SIGKILL)
+    for _ in 0..<1000 where !vm.errorText.contains("served again") { usleep(5000) }
+    let third = try #require(home.processes["blk0"])
+    #expect(try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(third)/exe").hasSuffix("/other/martlet-block"))
+
+    // The VM's two images, one after the other.
+    func isFree(_ image: String) throws -> Bool {
+      let other = try RunningProgram(
+        "/usr/bin/timeout", ["0.3", BuiltPrograms.path("martlet-block"), "--socket-path=other.sock", "--blk-file=\(image)"],
+        directory: home.directory
+      ).wait()
+      return !other.errors.contains("use")
+    }
+    #expect(try !isFree("disk.img") && isFree("copy.img"))
+    try replace(home, "blk0 --path copy.img --dry-run")
+    #expect(try !isFree("disk.img") && isFree("copy.img"))
+    try replace(home, "blk0 --path copy.img")
+    #expect(try isFree("disk.img") && !isFree("copy.img"))
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    for _ in 0..<1000 where vm.errorText.components(separatedBy: "served again").count < 3 { usleep(5000) }
+    #expect(try isFree("disk.img") && !isFree("copy.img"))
+    try replace(home, "blk0 --disk path=disk.img,direct=on")
+    #expect(try !isFree("disk.img") && isFree("copy.img"))
+    end(home, vm)
+  }
+
+  @Test("What the guest would notice is refused with its reason, and nothing has changed")
+  func refusals() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=boot end=hang", ["--rng", "on"])
+    try home.shell("truncate -s 1M small.img; truncate -s 4M other.img")
+    try expectRefusal(home, "blk0 --path small.img", "capacity")
+    try expectRefusal(home, "blk0 --path missing.img", "missing.img")
+    try expectRefusal(home, "blk0 -- ./missing", "missing")
+    try expectRefusal(home, "blk0 -- /bin/true", "before it was ready")
+    try expectRefusal(home, "blk0 -- \(BuiltPrograms.path("martlet-template"))", "before it was ready")
+    try expectRefusal(home, "blk0 --socket missing.sock", "missing.sock")
+    try expectRefusal(home, "blk0 --socket ctl", "control socket")
+    try expectRefusal(home, "blk9 --socket missing.sock", "There is no device 'blk9'; did you mean 'blk0'?")
+    try expectRefusal(home, "rng0 --path other.img", "rng0 is no disk")
+    try expectRefusal(home, "blk0 --disk path=other.img,num_queues=3", "num_queues")
+    // Nobody else may come between, either.
+    let other = try WholeVM()
+    let otherVM = try other.start([
+      "--cmdline", "test=boot end=hang", "--disk", "path=disk.img", "--control", "ctl", "--serial", "null",
+    ])
+    try other.waitUntilRunning()
+    try expectRefusal(home, "blk0 --path \(other.directory)/disk.img", "in use")
+    try expectRefusal(home, "blk0 --socket \(other.directory)/ctl", "belongs to the VM")
+    end(other, otherVM)
+    for (words, reason) in [
+      ("", "DEVICE"), ("blk0 --frobnicate", "frobnicate"), ("blk0 --socket a --jail b", "--socket"), ("blk0 --jail p", "PROGRAM"),
+      ("blk0 --jail p -- x", "{listen}"), ("blk0 --drain 0", "--drain"), ("blk0 --socket a -- x", "--socket"), ("blk0 --", "PROGRAM"),
+    ] {
+      let result = try home.ctl(words.isEmpty ? "replace" : "replace " + words)
+      #expect(result.code == 2 && result.errors.contains(reason), "\(words): \(result)")
+    }
+    end(home, vm)
+  }
+
+  @Test(
+    "Broken back ends at a socket never take over",
+    arguments: [
+      ["net"], ["rng"], ["block", "read-only"], ["block"], ["block", "no-version1"], ["block", "protocol-abort"], ["block", "queues-zero"],
+      ["block", "capacity-zero"],
+    ])
+  func brokenOnes(_ words: [String]) throws {
+    let home = try WholeVM()
+    try home.shell("truncate -s 16M disk.img")
+    let vm = try start(home, "test=blk op=write depth=8 n=60000 span=2")
+    let broken = try RunningProgram(Self.broken, [home.directory + "/broken.sock"] + words)
+    for _ in 0..<1000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
+    let before = home.processes["blk0"]
+    let result = try home.ctl("replace blk0 --socket broken.sock")
+    if vm.isRunning { #expect(result.code == 1, "\(result)") }
+    #expect(home.processes["blk0"] == before)
+    finish(home, vm)
+    broken.signal(SIGKILL)
+    _ = broken.wait()
+  }
+
+  @Test("Old and new ones that are killed in the middle: the guest sees nothing")
+  func killedInTheMiddle() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=blk op=write depth=16 n=400000 span=2", disk: "path=disk.img,restart-limit=10000")
+    for round in 0..<10 where vm.isRunning {
+      let request = try RunningProgram(
+        BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "replace", "blk0"], directory: home.directory)
+      usleep(UInt32.random(in: 1000...12000))
+      // Both carry the same title; one of them it is.
+      if let pid = home.processes["blk0"] { kill(pid, SIGKILL) }
+      _ = request.wait(seconds: 30)
+      for _ in 0..<2000 where vm.isRunning {
+        if try home.ctl("devices").output.contains("\"state\":\"active\"") { break }
+        usleep(5000)
+      }
+      _ = round
+    }
+    finish(home, vm)
+  }
+
+  @Test(
+    "From our block program to QEMU's storage daemon and back, in a jail and by its socket, under verified writes",
+    .enabled(if: hasStorageDaemon, "qemu-storage-daemon is not installed"))
+  func storageDaemon() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=blk op=write depth=8 n=300000 span=2 wait=halt", disk: "path=disk.img,portable=on,num_queues=1")
+    let daemon =
+      "--blockdev driver=file,node-name=f,filename={path},locking=off --export type=vhost-user-blk,id=e,node-name=f,writable=on,"
+      + "addr.type=fd,addr.str={listen}"
+    // It locks by itself unless told not to, and meets the VM's own lock.
+    try expectRefusal(
+      home, "blk0 --jail \(Self.profile) -- qemu-storage-daemon " + daemon.replacingOccurrences(of: ",locking=off", with: ""),
+      "first contact")
+    for _ in 0..<2 {
+      try replace(home, "blk0 --jail \(Self.profile) -- qemu-storage-daemon " + daemon)
+      #expect(try home.ctl("devices").output.contains("qemu-storage-daemon"))
+      usleep(100_000)
+      try replace(home, "blk0 -- \(BuiltPrograms.path("martlet-block"))")
+      #expect(try !home.ctl("devices").output.contains("qemu-storage-daemon"))
+      usleep(50_000)
+    }
+    let byHand = try RunningProgram(
+      "/usr/bin/qemu-storage-daemon",
+      [
+        "--blockdev", "driver=file,node-name=f,filename=disk.img,locking=off", "--export",
+        "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path=qsd.sock",
+      ], directory: home.directory)
+    for _ in 0..<1000 where access(home.directory + "/qsd.sock", F_OK) != 0 { usleep(5000) }
+    try replace(home, "blk0 --socket qsd.sock")
+    #expect(try home.ctl("devices").output.contains("external"))
+    usleep(100_000)
+    try replace(home, "blk0 --path disk.img -- \(BuiltPrograms.path("martlet-block"))")
+    #expect(home.processes["blk0"] != nil)
+    finish(home, vm)
+    byHand.signal(SIGTERM)
+    _ = byHand.wait()
+  }
+
+  @Test("An upgrade replaces every process of a device and tells of each")
+  func upgrade() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=blk op=write depth=16 n=200000 span=2", ["--rng", "on"])
+    let before = home.processes
+    let result = try home.ctl("upgrade")
+    if vm.isRunning {
+      #expect(result.code == 0, "\(result)")
+      let after = home.processes
+      for id in ["blk0", "rng0", "con0"] { #expect(before[id] != nil && after[id] != nil && before[id] != after[id], "\(id)") }
+      for id in ["core"] { #expect(before[id] == after[id]) }
+    }
+    finish(home, vm)
+  }
+}
