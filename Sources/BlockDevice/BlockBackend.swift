@@ -26,6 +26,10 @@ package struct BlockOptions: Sendable {
   package var isPortable = false
   package var byteRate: RateBucket?
   package var operationRate: RateBucket?
+  /// Not to be offered, though it could be: of packed rings, event indices and indirect tables.
+  package var missing: FeatureSet = []
+  /// What the storage says of its wear.
+  package var lifetime: StorageLifetime?
 
   package init() {}
 }
@@ -60,7 +64,9 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
 
   package var configuration: [UInt8] { space.bytes }
 
-  package var systemCalls: SystemCallNeeds { SystemCallNeeds((usesRing ? [.block] : []) + (usesCalls ? [.blockCalls] : [])) }
+  package var systemCalls: SystemCallNeeds {
+    SystemCallNeeds((usesRing ? [.block] : []) + (usesCalls ? [.blockCalls] : []) + (space.image.takesControl ? [.blockControl] : []))
+  }
 
   package mutating func prepare(_ context: inout BackendContext) throws(BackendError) {
     do {

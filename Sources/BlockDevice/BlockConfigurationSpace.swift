@@ -10,6 +10,9 @@ final class BlockConfigurationSpace: Sendable {
   let blockSize: Int
   /// GET_ID's answer: 20 bytes, padded with zeros.
   let serial: [UInt8]
+  /// GET_LIFETIME's answer; nil where the storage does not say.
+  let lifetime: [UInt8]?
+  private let missing: FeatureSet
   let pollPolicy: PollPolicy
   let limiter: RateLimiter?
   /// Promises no more than QEMU's storage daemon does, so that it could take over.
@@ -40,6 +43,14 @@ final class BlockConfigurationSpace: Sendable {
     var bytes = Array(options.serial.utf8.prefix(BlockSpec.idByteCount))
     bytes.append(contentsOf: repeatElement(0, count: BlockSpec.idByteCount - bytes.count))
     self.serial = bytes
+    missing = options.missing
+    lifetime = options.lifetime.map { life in
+      var bytes = [UInt8](repeating: 0, count: BlockSpec.lifetimeByteCount)
+      LittleEndian.store(life.endOfLife, to: &bytes, at: 0)
+      LittleEndian.store(life.typeA, to: &bytes, at: 2)
+      LittleEndian.store(life.typeB, to: &bytes, at: 4)
+      return bytes
+    }
   }
 
   /// Everything this disk can do.
@@ -48,12 +59,16 @@ final class BlockConfigurationSpace: Sendable {
       .version1, .indirectDescriptors, .eventIndex, .packedRing, .blockSegMax, .blockBlockSize, .blockFlush, .blockTopology,
       .blockConfigWriteCache,
     ]
-    if isPortable { features.remove(.packedRing) }
+    // Storage answers in an order of its own; only where there is none, answers come as requests did.
+    if image.isNull { features.insert(.inOrder) }
+    if lifetime != nil { features.insert(.blockLifetime) }
     if queueCount > 1 { features.insert(.blockMultipleQueues) }
     if image.isReadOnly { features.insert(.blockReadOnly) }
     if !image.isReadOnly, image.canPunchHoles { features.insert(.blockDiscard) }
     if !image.isReadOnly, image.canPunchHoles || image.canZeroRanges { features.insert(.blockWriteZeroes) }
-    return features
+    if !image.isReadOnly, image.canSecureErase { features.insert(.blockSecureErase) }
+    if isPortable { features.subtract([.packedRing, .inOrder, .blockLifetime, .blockSecureErase]) }
+    return features.subtracting(missing)
   }
 
   /// The driver's choice. Without FLUSH it cannot ask for stability, so every write is stable by itself.
@@ -82,7 +97,8 @@ final class BlockConfigurationSpace: Sendable {
     let features = negotiatedFeatures
     return BlockLimits(
       capacity: image.byteCount / 512, isReadOnly: image.isReadOnly, allowsDiscard: features.contains(.blockDiscard),
-      allowsWriteZeroes: features.contains(.blockWriteZeroes))
+      allowsWriteZeroes: features.contains(.blockWriteZeroes), allowsSecureErase: features.contains(.blockSecureErase),
+      allowsLifetime: features.contains(.blockLifetime))
   }
 
   /// The configuration space as it is now.
@@ -109,6 +125,11 @@ final class BlockConfigurationSpace: Sendable {
       space.maxWriteZeroesSectors = BlockLimits.greatestRange
       space.maxWriteZeroesSegments = UInt32(BlockLimits.greatestRangeCount)
       space.writeZeroesMayUnmap = image.canPunchHoles ? 1 : 0
+    }
+    if offered.contains(.blockSecureErase) {
+      space.maxSecureEraseSectors = BlockLimits.greatestRange
+      space.maxSecureEraseSegments = UInt32(BlockLimits.greatestRangeCount)
+      space.secureEraseSectorAlignment = UInt32(blockSize / 512)
     }
     if isPortable {
       space.segmentMax = min(space.segmentMax, Portable.segments)

@@ -3,6 +3,7 @@ import DiskImage
 import Glibc
 import HostSystem
 import VirtioQueue
+import VirtioSpec
 
 /// `martlet-block`: options and start.
 public enum BlockProgram {
@@ -16,8 +17,10 @@ public enum BlockProgram {
       .flag("read-only", "refuse to write, and lock the image for reading only"),
       .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
       .value("serial", "TEXT", "what the guest reads as the disk's id (at most 20 bytes)"),
+      .value("lifetime", "EOL,A,B", "how worn the storage says it is (default: what the kernel knows of an eMMC or UFS disk)"),
       .value("num-queues", "COUNT", "request queues, 1 to 64 (default: one per processor, at most 8)"),
       .value("queue-size", "COUNT", "most entries of a queue, a power of two up to 1024 (default: 256)"),
+      .value("ring-without", "LIST", "what not to offer of packed, event_idx and indirect_desc, commas between"),
       .value("block-size", "BYTES", "logical block: 512 or 4096 (default: the storage's own)"),
       .flag("direct", "bypass the host's page cache"),
       .value("aio", "HOW", "io_uring, or threads (default: io_uring where the host has it)"),
@@ -67,6 +70,20 @@ public enum BlockProgram {
         throw .badOption("--poll", why: "is auto, off, or microseconds from 1 to 1000000, not \(text)")
       }
       options.poll = policy
+    }
+    if let text = launch.value("lifetime") {
+      guard let life = StorageLifetime(text) else { throw .badOption("--lifetime", why: "is three numbers up to 65535, not \(text)") }
+      options.lifetime = life
+    } else if let status = try? image.file.status() {
+      options.lifetime = StorageLifetime.read(of: status)
+    }
+    for word in (launch.value("ring-without") ?? "").split(separator: ",") {
+      switch word {
+      case "packed": options.missing.insert(.packedRing)
+      case "event_idx": options.missing.insert(.eventIndex)
+      case "indirect_desc": options.missing.insert(.indirectDescriptors)
+      default: throw .badOption("--ring-without", why: "knows packed, event_idx and indirect_desc, not \(word)")
+      }
     }
     options.byteRate = try rate(launch, "bw")
     options.operationRate = try rate(launch, "ops")

@@ -49,13 +49,18 @@ extension BlockQueueWorker where Engine: ~Copyable {
       space.limiter?.took(byteCount: 0)
       start(index, StorageRequest(.flush), &queue)
     case .getID:
-      let room = chain.writableByteCount
-      let written = unsafe space.serial.withUnsafeBytes { unsafe chain.put($0) }
-      answer(index, .ok, written: UInt32(written == room ? written + 1 : written), &queue)
-    case .discard(let count): startRanges(index, count, zeroing: false, &queue)
-    case .writeZeroes(let count): startRanges(index, count, zeroing: true, &queue)
+      answer(index, bytes: space.serial, &queue)
+    case .getLifetime: answer(index, bytes: space.lifetime ?? [], &queue)
+    case .ranges(let kind, let count): startRanges(index, count, kind, &queue)
     case .refused(let status): refuse(index, status, &queue)
     }
+  }
+
+  /// Answers with a few bytes, or as many of them as there is room for.
+  private mutating func answer(_ index: Int, bytes: [UInt8], _ queue: inout DeviceQueue) {
+    let room = chain.writableByteCount
+    let written = unsafe bytes.withUnsafeBytes { unsafe chain.put($0) }
+    answer(index, .ok, written: UInt32(written == room ? written + 1 : written), &queue)
   }
 
   /// A read or write over the pieces of a chain. They are copied, because the chain is filled again by the next one.
@@ -83,11 +88,14 @@ extension BlockQueueWorker where Engine: ~Copyable {
     space.limiter?.took(byteCount: UInt64(byteCount))
     let request = unsafe StorageRequest(
       operation, offset: sector << 9, byteCount: UInt64(byteCount), vectors: vectors, vectorCount: count, isDurable: durable)
-    if operation == .read, engine.copy(request) {
+    let copy = operation == .read ? engine.copy(request) : .no
+    guard copy == .no else {
       // SAFETY: the batch is finished before it is full.
       unsafe copied[copiedCount] = UInt16(truncatingIfNeeded: index)
       copiedCount &+= 1
-      unsafe slot.pointee.dataEnd = request.offset &+ request.byteCount
+      let isWhole = copy == .whole
+      if !isWhole { mustSeeEnd = true }
+      unsafe slot.pointee.dataEnd = isWhole ? 0 : request.offset &+ request.byteCount
       return
     }
     start(index, request, &queue)
@@ -99,18 +107,18 @@ extension BlockQueueWorker where Engine: ~Copyable {
   }
 
   /// Copies the ranges out, checks all of them, and begins with the first.
-  private mutating func startRanges(_ index: Int, _ count: Int, zeroing: Bool, _ queue: inout DeviceQueue) {
+  private mutating func startRanges(_ index: Int, _ count: Int, _ kind: RangeKind, _ queue: inout DeviceQueue) {
     // SAFETY: count <= greatestRangeCount ranges at the slot's own place in the mapping.
     let list = unsafe rangeList(index)
     for number in 0..<count {
       guard let range = chain.takeReadable(BlockRangeSegment.self) else { return refuse(index, .ioError, &queue) }
       // Checked before any of them is done, so that a bad request changes nothing.
-      if case .failure(let refusal) = range.checked(zeroing: zeroing, limits) { return refuse(index, refusal.status, &queue) }
+      if case .failure(let refusal) = range.checked(kind, limits) { return refuse(index, refusal.status, &queue) }
       unsafe list[number] = range
     }
     unsafe slots[index].nextRange = 0
     unsafe slots[index].rangeCount = UInt16(count)
-    unsafe slots[index].isZeroing = zeroing
+    unsafe slots[index].rangeKind = kind
     continueRanges(index, &queue)
   }
 
@@ -120,7 +128,7 @@ extension BlockQueueWorker where Engine: ~Copyable {
     while unsafe slots[index].nextRange < slots[index].rangeCount {
       let range = unsafe list[Int(slots[index].nextRange)]
       unsafe slots[index].nextRange += 1
-      guard range.sectorCount > 0, case .success(var request) = unsafe range.checked(zeroing: slots[index].isZeroing, limits) else {
+      guard range.sectorCount > 0, case .success(var request) = unsafe range.checked(slots[index].rangeKind, limits) else {
         continue
       }
       request.isDurable = space.isWriteThrough

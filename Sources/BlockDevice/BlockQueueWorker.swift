@@ -35,9 +35,10 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   var isThrottled = false
   /// Answers not shown to the driver yet.
   var answered = 0
-  /// Slots whose data was copied and whose file has still to be looked at.
+  /// Slots whose data was copied and which are to be answered together; and whether for one of them the file's end has to be seen first.
   let copied: UnsafeMutablePointer<UInt16>
   var copiedCount = 0
+  var mustSeeEnd = false
   /// Turns until storage is tried without sleeping again, and how many the next failure costs.
   var turnsToTrial = 0
   var trialPenalty = 0
@@ -152,7 +153,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     if engine.hasPrepared {
       if turnsToTrial == 0 {
         engine.turn(waiting: false)
-        if engine.hasWork || takes && queue.ring.hasAvailable() {
+        if engine.hasWork {
           trialPenalty = 0
           return
         }
@@ -169,8 +170,12 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       queue.counters[.polls].add(1)
       return
     }
-    // Asking for kicks comes last before sleeping; what came meanwhile is taken without sleeping.
-    if takes && queue.ring.enableKicks() { return engine.turn(waiting: false) }
+    // Asking for kicks comes last before sleeping; what came meanwhile is taken first, and handed over together with what is prepared. An
+    // engine that does not show all of its work has to be asked for it now and then.
+    if takes && queue.ring.enableKicks() {
+      if !engine.canBePolled { engine.turn(waiting: false) }
+      return
+    }
     queue.counters[.sleeps].add(1)
     guard poll.isLearning, inFlight == 0 else { return engine.turn(waiting: true) }
     let begin = MonotonicTime.now.nanoseconds
@@ -260,9 +265,10 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     return true
   }
 
-  /// What was copied counts if the file is still as long as it was.
+  /// What was copied counts if the file is still as long as it was, where that has to be asked.
   private mutating func finishCopies(_ queue: inout DeviceQueue) {
-    let end = engine.fileByteCount
+    let end = mustSeeEnd ? engine.fileByteCount : .max
+    mustSeeEnd = false
     now = MonotonicTime.now.nanoseconds
     for number in 0..<copiedCount {
       // SAFETY: number < greatestBatch.

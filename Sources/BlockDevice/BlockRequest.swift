@@ -10,6 +10,8 @@ struct BlockLimits: Sendable {
   /// Whether the driver may use the request at all; else it is unsupported.
   var allowsDiscard = false
   var allowsWriteZeroes = false
+  var allowsSecureErase = false
+  var allowsLifetime = false
 
   /// Most sectors of one range: 2 GiB, so that one request cannot keep the storage busy for ever.
   static let greatestRange: UInt32 = 1 << 22
@@ -31,9 +33,9 @@ enum BlockRequest: Equatable {
   case write(sector: UInt64)
   case flush
   case getID
+  case getLifetime
   /// So many ranges follow in the chain.
-  case discard(rangeCount: Int)
-  case writeZeroes(rangeCount: Int)
+  case ranges(RangeKind, count: Int)
   /// To be answered at once, because something is wrong with it.
   case refused(BlockStatus)
 
@@ -50,12 +52,12 @@ enum BlockRequest: Equatable {
       return .write(sector: header.sector)
     case .flush: return .flush
     case .getID: return .getID
-    case .discard:
-      guard limits.allowsDiscard else { return .refused(.unsupported) }
-      return ranges(chain.readableByteCount, limits).map { .discard(rangeCount: $0) } ?? .refused(.ioError)
-    case .writeZeroes:
-      guard limits.allowsWriteZeroes else { return .refused(.unsupported) }
-      return ranges(chain.readableByteCount, limits).map { .writeZeroes(rangeCount: $0) } ?? .refused(.ioError)
+    case .getLifetime:
+      guard limits.allowsLifetime else { return .refused(.unsupported) }
+      return chain.writableByteCount >= BlockSpec.lifetimeByteCount ? .getLifetime : .refused(.ioError)
+    case .discard: return ranges(.discard, limits.allowsDiscard, chain.readableByteCount, limits)
+    case .writeZeroes: return ranges(.zero, limits.allowsWriteZeroes, chain.readableByteCount, limits)
+    case .secureErase: return ranges(.secureErase, limits.allowsSecureErase, chain.readableByteCount, limits)
     default: return .refused(.unsupported)
     }
   }
@@ -65,22 +67,33 @@ enum BlockRequest: Equatable {
     byteCount & 511 == 0 && limits.contains(sector, UInt64(byteCount) >> 9)
   }
 
-  private static func ranges(_ byteCount: Int, _ limits: BlockLimits) -> Int? {
+  private static func ranges(_ kind: RangeKind, _ isAllowed: Bool, _ byteCount: Int, _ limits: BlockLimits) -> BlockRequest {
+    guard isAllowed else { return .refused(.unsupported) }
     let (count, rest) = byteCount.quotientAndRemainder(dividingBy: BlockRangeSegment.byteCount)
-    guard !limits.isReadOnly, rest == 0, (1...BlockLimits.greatestRangeCount).contains(count) else { return nil }
-    return count
+    guard !limits.isReadOnly, rest == 0, (1...BlockLimits.greatestRangeCount).contains(count) else { return .refused(.ioError) }
+    return .ranges(kind, count: count)
   }
+}
+
+/// What is done with a list of ranges.
+enum RangeKind: UInt8, Sendable {
+  case discard, zero, secureErase
 }
 
 extension BlockRangeSegment {
   /// What the range asks for, in bytes, or the status that refuses it.
-  func checked(zeroing: Bool, _ limits: BlockLimits) -> Result<StorageRequest, RangeRefusal> {
-    // A discard has no flags, a write of zeroes has one; what we do not know we do not do.
-    guard flags & ~(zeroing ? Self.unmap : 0) == 0 else { return .failure(RangeRefusal(status: .unsupported)) }
+  func checked(_ kind: RangeKind, _ limits: BlockLimits) -> Result<StorageRequest, RangeRefusal> {
+    // A write of zeroes has one flag, the others none; what we do not know we do not do.
+    guard flags & ~(kind == .zero ? Self.unmap : 0) == 0 else { return .failure(RangeRefusal(status: .unsupported)) }
     guard sectorCount <= BlockLimits.greatestRange, limits.contains(sector, UInt64(sectorCount)) else {
       return .failure(RangeRefusal(status: .ioError))
     }
-    let operation: StorageOperation = !zeroing ? .discard : flags & Self.unmap != 0 ? .zeroAndUnmap : .zero
+    let operation: StorageOperation =
+      switch kind {
+      case .discard: .discard
+      case .zero: flags & Self.unmap != 0 ? .zeroAndUnmap : .zero
+      case .secureErase: .secureErase
+      }
     // Inside the disk, whose size in bytes fits 63 bits: the products cannot overflow.
     return .success(StorageRequest(operation, offset: sector * 512, byteCount: UInt64(sectorCount) * 512))
   }

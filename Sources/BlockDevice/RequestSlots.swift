@@ -17,14 +17,14 @@ struct RequestSlot {
   var piece = unsafe iovec()
   /// The block of `VectorPool` that holds the data's pieces; negative: `piece` does.
   var block: Int32 = -1
-  /// Ranges still to be done, in the slot's part of the range store, and whether they are zeroed or discarded.
+  /// Ranges still to be done, in the slot's part of the range store, and what is done with them.
   var nextRange: UInt16 = 0
   var rangeCount: UInt16 = 0
-  var isZeroing = false
+  var rangeKind = RangeKind.discard
   var kind = QueueStatistics.Histogram.others
   /// When it was taken, in nanoseconds.
   var begun: UInt64 = 0
-  /// Of a copied read: where its data ends in the image.
+  /// Of a copied read: where its data ends in the image, or 0 where that need not be looked at.
   var dataEnd: UInt64 = 0
 
   init() { unsafe status = nil }

@@ -84,6 +84,9 @@ extension VMConfiguration {
     if try values.onOff("force_share", default: false) { arguments.append("--force-share") }
     if try values.onOff("portable", default: false) { arguments.append("--portable") }
     if !(try values.onOff("cache_map", default: true)) { arguments.append("--cache-map=off") }
+    var missing: [String] = []
+    for feature in ["packed", "event_idx", "indirect_desc"] where !(try values.onOff(feature, default: true)) { missing.append(feature) }
+    if !missing.isEmpty { arguments.append("--ring-without=" + missing.joined(separator: ",")) }
     if let how = try choice("aio", ["io_uring", "threads"]) { arguments.append("--aio=\(how)") }
     if let size = try choice("block_size", ["512", "4096"]) { arguments.append("--block-size=\(size)") }
     if let text = values["poll"] {
@@ -127,6 +130,9 @@ extension VMConfiguration {
           KeyDescription("poll", "auto|off|US", "look for work before sleeping; auto when left out"),
           KeyDescription("portable", "on|off", "promise the guest no more than QEMU's storage daemon does, which can take over then"),
           KeyDescription("cache_map", "on|off", "copy cached data from a mapping of the image; on when left out"),
+          KeyDescription("packed", "on|off", "offer the guest packed rings; so with event_idx and indirect_desc; on when left out"),
+          KeyDescription("event_idx", "on|off", "offer indices that say when to notify"),
+          KeyDescription("indirect_desc", "on|off", "offer requests in tables of their own"),
           KeyDescription("force_share", "on|off", "with readonly=on: no lock, though others may write the image"),
           KeyDescription("bw_size", "BYTES", "rate limit: bytes that refill within bw_refill_time"),
           KeyDescription("bw_one_time_burst", "BYTES", "bytes more, once"),

@@ -7,8 +7,9 @@ import HostSystem
 ///
 /// A page is copied only when it was read or written through the kernel before, so it was cached then; should it be gone
 /// meanwhile, the copy waits for the storage, which shows in its time, and the pages around go through the kernel once
-/// more. A file that has become shorter makes the copy fail (`clinux_copy_guarded`) or, in the last page, bring zeros: so what was copied counts only
-/// after `fileSize` has been asked for again. Not for direct access, and only for file systems whose mappings show every write at once.
+/// more. A file that has become shorter makes the copy fail (`clinux_copy_guarded`) or, in the last page, bring zeros from its end on: so where
+/// a page's last byte is zero, what was copied counts only after the file's size has been asked for again. Not for direct access, and only for
+/// file systems whose mappings show every write at once.
 @safe
 struct CachedReader {
   /// Longer requests gain nothing.
@@ -33,15 +34,15 @@ struct CachedReader {
     self.known = known
   }
 
-  /// Copies a read; false if it has to go through the kernel. True says nothing yet about the end of the file.
+  /// Copies a read, if it has not to go through the kernel.
   @inline(__always)
-  func copy(_ request: StorageRequest) -> Bool {
+  func copy(_ request: StorageRequest) -> CopyOutcome {
     let last = request.offset &+ request.byteCount &- 1
     guard request.byteCount &- 1 < Self.greatestByteCount,
       request.offset / CachedWindows.windowByteCount == last / CachedWindows.windowByteCount,
       let (place, base) = unsafe windows.find(request.offset / CachedWindows.windowByteCount),
       isKnown(place, request.offset, last)
-    else { return false }
+    else { return .no }
     return unsafe copyPieces(request, place, base)
   }
 
@@ -60,23 +61,38 @@ struct CachedReader {
   }
 
   @inline(__always)
-  private func copyPieces(_ request: StorageRequest, _ place: Int, _ base: UnsafeRawPointer) -> Bool {
-    guard let pieces = unsafe request.vectors else { return false }
+  private func copyPieces(_ request: StorageRequest, _ place: Int, _ base: UnsafeRawPointer) -> CopyOutcome {
+    guard let pieces = unsafe request.vectors else { return .no }
     let begin = clinux_cycles()
     var source = unsafe base + Int(request.offset % CachedWindows.windowByteCount)
     for index in 0..<request.vectorCount {
       let piece = unsafe pieces[index]
-      guard let target = unsafe piece.iov_base else { return false }
+      guard let target = unsafe piece.iov_base else { return .no }
       // SAFETY: the pieces are guest memory of together `byteCount` bytes, which lie within the window; a page that is not
       // there any more ends the copy with an error.
       guard unsafe clinux_copy_guarded(target, source, piece.iov_len) == 0 else {
         forget(place, request.offset)
-        return false
+        return .no
       }
       unsafe source += piece.iov_len
     }
     if clinux_cycles() &- begin > Self.slow { forget(place, request.offset) }
-    return true
+    return unsafe request.vectorCount == 1 && showsNoEnd(pieces[0], request.offset) ? .whole : .ifLongEnough
+  }
+
+  /// Whether the last byte of every page in a piece is something else than zero. A guest that changes it meanwhile deceives itself.
+  @inline(__always)
+  private func showsNoEnd(_ piece: iovec, _ offset: UInt64) -> Bool {
+    guard let target = unsafe piece.iov_base else { return false }
+    let byteCount = unsafe piece.iov_len
+    var end = 4096 &- Int(offset & 4095)
+    // At most seventeen pages.
+    while end < byteCount {
+      // SAFETY: end <= byteCount, here and below.
+      if unsafe target.load(fromByteOffset: end &- 1, as: UInt8.self) == 0 { return false }
+      end &+= 4096
+    }
+    return unsafe target.load(fromByteOffset: byteCount &- 1, as: UInt8.self) != 0
   }
 
   /// The kernel has just read or written this range, which is now cached.

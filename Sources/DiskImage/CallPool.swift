@@ -38,6 +38,30 @@ final class CallPool: @unchecked Sendable {
     lists = Mutex(start)
   }
 
+  /// Starts the threads; all of them run when this returns.
+  func start(threadCount: Int) throws(SystemError) -> [HostThread] {
+    // One heap for all: a thread's own is made when it first allocates, which may be behind the walls, and makes calls of its own.
+    clinux_use_one_heap()
+    var threads: [HostThread] = []
+    let started = try EventFD()
+    let port = started.fd.rawValue
+    for number in 0..<threadCount {
+      threads.append(
+        try HostThread.start(name: "calls \(number)") {
+          var one: UInt64 = 1
+          // SAFETY: eight bytes of ours. The descriptor lives until every thread has written.
+          _ = unsafe write(port, &one, 8)
+          self.work()
+        })
+    }
+    var running: UInt64 = 0
+    while running < UInt64(threadCount) {
+      try started.fd.waitUntil(.readable)
+      running += started.drain()
+    }
+    return threads
+  }
+
   /// Gives slots to the threads, in order. One system call.
   func give(_ numbers: [UInt16]) {
     lists.withLock { lists in
@@ -110,6 +134,8 @@ final class CallPool: @unchecked Sendable {
       return fdatasync(fd) == 0 ? 0 : -Int(Errno.current.rawValue)
     case .allocate(let mode):
       return Int(clinux_fallocate(fd, mode, Int(state.offset), Int(state.remaining)))
+    case .control(let order):
+      return DeviceControl.give(order, image.file, offset: state.offset, byteCount: state.remaining)
     case .transfer:
       // SAFETY: the requester keeps memory and pieces until completion.
       if let piece = unsafe state.nextPiece {

@@ -56,12 +56,26 @@ package final class DiskImage: Sendable {
   package let physicalBlockSize: Int
   package let isReadOnly: Bool
   package let isDirect: Bool
-  /// Ranges can be given back to the host (`FALLOC_FL_PUNCH_HOLE`); they read as zeros afterwards.
+  /// Ranges can be given back to the host (`FALLOC_FL_PUNCH_HOLE`); those of a file read as zeros afterwards.
   package let canPunchHoles: Bool
+  /// The device destroys ranges with all copies it keeps of them (`BLKSECDISCARD`).
+  package let canSecureErase: Bool
   /// Ranges can be zeroed without transferring zeros, keeping their storage (`FALLOC_FL_ZERO_RANGE`).
   package let canZeroRanges: Bool
   /// Ranges can be given storage (`fallocate` as such).
   package let canAllocate: Bool
+
+  /// Some requests are orders to the device that neither io_uring nor `fallocate` gives.
+  package var takesControl: Bool { isDevice && (canPunchHoles || canSecureErase) }
+
+  /// How else to do what a hole was to do, on a device that refuses to make one.
+  func insteadOfHole(_ operation: StorageOperation) -> TransferState.Step? {
+    switch operation {
+    case .discard where isDevice: .control(DeviceControl.discard)
+    case .zeroAndUnmap where canZeroRanges: .allocate(mode: FallocateMode.zeroRange)
+    default: nil
+    }
+  }
 
   /// No storage at all: every request is done at once, reads bring nothing. For measuring what lies around the storage.
   package let isNull: Bool
@@ -104,6 +118,7 @@ package final class DiskImage: Sendable {
     isReadOnly = options.isReadOnly
     isDirect = options.isDirect
     canPunchHoles = facts.canPunchHoles
+    canSecureErase = facts.canSecureErase
     canZeroRanges = facts.canZeroRanges
     canAllocate = facts.canAllocate
     isNull = false
@@ -135,6 +150,7 @@ package final class DiskImage: Sendable {
     isReadOnly = false
     isDirect = false
     canPunchHoles = true
+    canSecureErase = false
     canZeroRanges = true
     canAllocate = true
     isNull = true
@@ -149,6 +165,7 @@ package final class DiskImage: Sendable {
     var logicalBlockSize = 512
     var physicalBlockSize = 512
     var canPunchHoles = false
+    var canSecureErase = false
     var canZeroRanges = false
     var canAllocate = false
     var isDevice = false
@@ -247,9 +264,10 @@ package final class DiskImage: Sendable {
         _ = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, beyond, 4096)
       }
     } else {
-      // The kernel zeroes a range of a device by the device's own means or by writing zeros; holes only by its own means,
-      // which cannot be asked for without the system's directories.
+      // The kernel zeroes a range of a device by the device's own means or by writing zeros.
       facts.canZeroRanges = true
+      facts.canPunchHoles = DeviceControl.takes(DeviceControl.discard, fd)
+      facts.canSecureErase = DeviceControl.takes(DeviceControl.secureErase, fd)
     }
   }
 
@@ -261,12 +279,14 @@ package final class DiskImage: Sendable {
   private static func lock(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) {
     let kind = CInt(options.isReadOnly ? F_RDLCK : F_WRLCK)
     var result = clinux_ofd_lock(fd.rawValue, kind)
-    // A process that was killed is gone before the kernel has finished what it had begun, and the lock stays until then.
+    // A process that was killed is gone before the kernel has finished what it had begun, and the lock stays until then,
+    // with nobody who has it.
     for _ in 0..<lockAttempts where result == -EAGAIN || result == -EACCES {
+      if let status = try? fd.status(), let holder = LockHolder.describe(of: status) { throw .inUse(name, holder: holder) }
       _ = poll(nil, 0, 20)
       result = clinux_ofd_lock(fd.rawValue, kind)
     }
-    if result == -EAGAIN || result == -EACCES { throw .inUse(name) }
+    if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
     if result < 0 { Log.warning("\(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
   }
 }
@@ -276,6 +296,24 @@ package enum FallocateMode {
   package static let keepSize: CInt = 0x01
   package static let punchHole: CInt = 0x01 | 0x02
   package static let zeroRange: CInt = 0x01 | 0x10
+}
+
+/// Orders to a block device for a range of it (linux/fs.h).
+enum DeviceControl {
+  /// `BLKDISCARD`
+  static let discard: UInt = 0x1277
+  /// `BLKSECDISCARD`
+  static let secureErase: UInt = 0x127D
+
+  /// Whether the device takes the order: it is given for a range that is none, and the device is asked about before the range is.
+  static func takes(_ order: UInt, _ fd: borrowing OwnedFD) -> Bool { give(order, fd, offset: 1, byteCount: 1) == -Int(EINVAL) }
+
+  /// Zero, or a negated errno.
+  static func give(_ order: UInt, _ fd: borrowing OwnedFD, offset: UInt64, byteCount: UInt64) -> Int {
+    var range = (offset, byteCount)
+    // SAFETY: both orders read two 64-bit numbers.
+    return unsafe Int(clinux_ioctl_pointer(fd.rawValue, order, &range))
+  }
 }
 
 /// Why an image cannot be used.
@@ -292,8 +330,8 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
   case oddBlockSize(String, Int)
   /// The file system has no `O_DIRECT`.
   case noDirectAccess(String, Errno)
-  /// Another process has it open for writing, or we want to write and another one reads.
-  case inUse(String)
+  /// Another process has it open for writing, or we want to write and another one reads; that process, if /proc tells.
+  case inUse(String, holder: String?)
 
   package var description: String {
     switch self {
@@ -306,7 +344,8 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
     case .oddBlockSize(let name, let size): "Disk \(name) has the impossible block size \(size)"
     case .noDirectAccess(let name, let errno):
       "Disk image \(name) cannot be used without the page cache on its file system: \(errno.explanation); leave out --direct"
-    case .inUse(let name): "Disk image \(name) is in use by another process; stop that one, or use --read-only in both"
+    case .inUse(let name, let holder):
+      "Disk image \(name) is in use by \(holder ?? "another process"); stop that one, or use --read-only in both"
     }
   }
 }

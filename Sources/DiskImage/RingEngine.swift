@@ -13,6 +13,12 @@ package struct RingEngine: StorageEngine, ~Copyable {
   /// Descriptors whose poll has ended and must begin anew, by token.
   private var watched: [(token: Int, fd: CInt)] = []
   private let cache: CachedReader?
+  /// Does what the ring cannot; nil where there is no such thing.
+  private let calls: CallPool?
+  private let callThread: HostThread?
+  private var called: [(slot: UInt16, outcome: StorageOutcome)] = []
+  /// What `calls.done` is watched by.
+  private static let callsToken = Int(UInt32.max)
   /// When to wake; the kernel reads it when the ring is entered.
   private let deadline: UnsafeMutablePointer<timespec>
   private var isTimed = false
@@ -29,7 +35,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   ///   - depth: slots.
   ///   - controlFDs: how many descriptors will be watched at most.
   /// - Throws: where io_uring cannot be had.
-  package init(_ image: DiskImage, depth: Int, watchLimit: Int = 4) throws(SystemError) {
+  package init(_ image: DiskImage, depth: Int, watchLimit: Int = 5) throws(SystemError) {
     // At most one entry per slot is prepared at a time, and two per watched descriptor: the queue never fills up.
     var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit + 1)
     // The image is not registered with the ring: a dying ring gives registered files back only after a grace period of RCU and
@@ -40,21 +46,44 @@ package struct RingEngine: StorageEngine, ~Copyable {
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
     configuration.allowedOperations = operations
     let ring = try IORing(configuration)
-    self.init(image, depth, ring)
+    let slots = UnsafeMutablePointer<TransferState>.allocate(capacity: depth)
+    unsafe slots.initialize(repeating: TransferState(), count: depth)
+    var calls: CallPool?
+    var callThread: HostThread?
+    do throws(SystemError) {
+      if image.takesControl {
+        let pool = try unsafe CallPool(image, slots, depth: depth)
+        callThread = try pool.start(threadCount: 1).first
+        calls = pool
+      }
+    } catch {
+      unsafe slots.deallocate()
+      throw error
+    }
+    unsafe self.init(image, depth, ring, slots, calls, callThread)
+    if let calls { watch(calls.done.fd.rawValue, token: Self.callsToken) }
   }
 
-  private init(_ image: DiskImage, _ depth: Int, _ ring: consuming IORing) {
+  @unsafe
+  private init(
+    _ image: DiskImage, _ depth: Int, _ ring: consuming IORing, _ slots: UnsafeMutablePointer<TransferState>, _ calls: CallPool?,
+    _ callThread: HostThread?
+  ) {
     self.image = image
     self.depth = depth
     self.ring = ring
+    unsafe self.slots = slots
+    self.calls = calls
+    self.callThread = callThread
     cache = CachedReader(image)
-    unsafe slots = .allocate(capacity: depth)
-    unsafe slots.initialize(repeating: TransferState(), count: depth)
     unsafe deadline = .allocate(capacity: 1)
     unsafe deadline.initialize(to: timespec())
+    called.reserveCapacity(calls == nil ? 0 : depth)
   }
 
   deinit {
+    calls?.end(threadCount: 1)
+    callThread?.join()
     unsafe slots.deallocate()
     unsafe deadline.deallocate()
   }
@@ -72,7 +101,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   }
 
   @inline(__always)
-  package mutating func copy(_ request: StorageRequest) -> Bool { cache?.copy(request) ?? false }
+  package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
 
   package var fileByteCount: UInt64 { image.fileByteCount }
 
@@ -91,6 +120,9 @@ package struct RingEngine: StorageEngine, ~Copyable {
     let file = IOFile.descriptor(image.file.rawValue)
     let prepared: Bool
     switch unsafe state.pointee.step {
+    case .control:
+      calls?.give([UInt16(truncatingIfNeeded: slot)])
+      prepared = calls != nil
     case .sync: prepared = ring.prepareDataSync(file, userData: tag)
     case .allocate(let mode):
       prepared = unsafe ring.prepareAllocate(
@@ -143,17 +175,19 @@ package struct RingEngine: StorageEngine, ~Copyable {
 
   package var hasPrepared: Bool { ring.hasPrepared }
   @inline(__always) package var hasWork: Bool { ring.hasWork }
-  package var canBePolled: Bool { ring.traits.showsTaskWork }
+  package var canBePolled: Bool { ring.showsWork }
 
   package mutating func turn(waiting: Bool) {
-    if !waiting, ring.traits.showsTaskWork, !ring.needsEnter { return }
+    if !waiting, ring.showsWork, !ring.needsEnter { return }
     // Interrupted, or short of room: the caller takes what is there and comes again.
     _ = ring.enter(waitingFor: waiting ? 1 : 0)
   }
 
   package mutating func nextEvent() -> StorageEvent? {
     // Each round takes one completion off the ring, whose number the kernel bounds.
-    while let completion = ring.nextCompletion() {
+    while true {
+      if let done = called.popLast() { return .completed(slot: Int(done.slot), done.outcome) }
+      guard let completion = ring.nextCompletion() else { return nil }
       let number = Int(UInt32(truncatingIfNeeded: completion.userData))
       switch completion.userData >> 32 {
       case Kind.request:
@@ -169,13 +203,16 @@ package struct RingEngine: StorageEngine, ~Copyable {
       case Kind.watch:
         guard let entry = watched.first(where: { $0.token == number }) else { continue }
         if !completion.hasMore, completion.result != -ECANCELED { arm(entry.fd, number) }
-        if completion.result > 0 { return .readable(token: number) }
+        if number == Self.callsToken {
+          calls?.collect(into: &called)
+        } else if completion.result > 0 {
+          return .readable(token: number)
+        }
       case Kind.time:
         isTimed = false
         return .time
       default: continue
       }
     }
-    return nil
   }
 }

@@ -12,6 +12,8 @@ package enum StorageOperation: UInt8, Sendable {
   case zero
   /// The range reads as zeros and may be given back.
   case zeroAndUnmap
+  /// The range's content is destroyed, with all copies that the device keeps of it.
+  case secureErase
 }
 
 /// One operation. The range lies inside the image: whoever makes it has checked that.
@@ -54,6 +56,15 @@ package enum StorageOutcome: Equatable, Sendable {
   case failed(Errno)
 }
 
+/// What became of an attempt to copy a read.
+package enum CopyOutcome: Equatable, Sendable {
+  /// It is to be begun as any other.
+  case no
+  /// Done, if `fileByteCount` says afterwards that the image still has as many bytes.
+  case ifLongEnough
+  case whole
+}
+
 /// What an engine reports.
 package enum StorageEvent: Equatable, Sendable {
   case completed(slot: Int, StorageOutcome)
@@ -68,15 +79,14 @@ package enum StorageEvent: Equatable, Sendable {
 package protocol StorageEngine: ~Copyable {
   /// Starts a request in a free slot. The outcome when it is already known, else nil, and an event will tell.
   mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome?
-  /// Watches a descriptor for being readable; reported at least once after it was watched if it is readable then, and at
-  /// least once after every change to readable. Eventfds need not be read.
-  /// Does a read at once, if the host has the data cached and an engine has a way around the kernel. It is done only if the
-  /// image is found to be still as long as `fileByteCount` says afterwards; else it is to be begun as any other.
-  mutating func copy(_ request: StorageRequest) -> Bool
+  /// Does a read at once, if the host has the data cached and an engine has a way around the kernel.
+  mutating func copy(_ request: StorageRequest) -> CopyOutcome
   /// How long the image is now. One system call.
   var fileByteCount: UInt64 { get }
   /// Reports `.time` once, when the time has come. One at a time: a later call has no effect until then.
   mutating func wake(at time: MonotonicTime)
+  /// Watches a descriptor for being readable; reported at least once after it was watched if it is readable then, and at
+  /// least once after every change to readable. Eventfds need not be read.
   mutating func watch(_ fd: CInt, token: Int)
   mutating func unwatch(_ fd: CInt, token: Int)
   /// Lets things happen: hands over what was begun and, if `waiting`, sleeps until there is an event. One system call.
@@ -91,6 +101,6 @@ package protocol StorageEngine: ~Copyable {
 }
 
 extension StorageEngine where Self: ~Copyable {
-  package mutating func copy(_ request: StorageRequest) -> Bool { false }
+  package mutating func copy(_ request: StorageRequest) -> CopyOutcome { .no }
   package var fileByteCount: UInt64 { 0 }
 }

@@ -26,30 +26,13 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
 
   /// - Parameter threadCount: all of them run when this returns.
   package init(_ image: DiskImage, depth: Int, threadCount: Int = ThreadEngine.threadCount) throws(SystemError) {
-    // One heap for all: a thread's own is made when it first allocates, which may be behind the walls, and makes calls of its own.
-    clinux_use_one_heap()
     let slots = UnsafeMutablePointer<TransferState>.allocate(capacity: depth)
     unsafe slots.initialize(repeating: TransferState(), count: depth)
     let pool: CallPool
-    var threads: [HostThread] = []
+    let threads: [HostThread]
     do throws(SystemError) {
       pool = try unsafe CallPool(image, slots, depth: depth)
-      let started = try EventFD()
-      let port = started.fd.rawValue
-      for number in 0..<threadCount {
-        threads.append(
-          try HostThread.start(name: "calls \(number)") {
-            var one: UInt64 = 1
-            // SAFETY: eight bytes of ours. The descriptor lives until every thread has written.
-            _ = unsafe write(port, &one, 8)
-            pool.work()
-          })
-      }
-      var running: UInt64 = 0
-      while running < UInt64(threadCount) {
-        try started.fd.waitUntil(.readable)
-        running += started.drain()
-      }
+      threads = try pool.start(threadCount: threadCount)
     } catch {
       unsafe slots.deallocate()
       throw error
@@ -83,7 +66,7 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     return nil
   }
 
-  package mutating func copy(_ request: StorageRequest) -> Bool { cache?.copy(request) ?? false }
+  package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
   package var fileByteCount: UInt64 { image.fileByteCount }
   package mutating func wake(at time: MonotonicTime) { if wakeTime == nil { wakeTime = time } }
 

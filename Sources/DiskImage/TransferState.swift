@@ -10,6 +10,8 @@ struct TransferState {
     case transfer
     case sync
     case allocate(mode: CInt)
+    /// An `ioctl` of a block device that takes a range.
+    case control(UInt)
   }
 
   /// After this many interrupted or refused attempts in a row something is wrong with the storage, not with the moment.
@@ -48,6 +50,9 @@ struct TransferState {
     case .discard:
       guard image.canPunchHoles else { return .failed(.notSupported) }
       step = .allocate(mode: FallocateMode.punchHole)
+    case .secureErase:
+      guard image.canSecureErase else { return .failed(.notSupported) }
+      step = .control(DeviceControl.secureErase)
     case .zero, .zeroAndUnmap:
       if image.canPunchHoles, request.operation == .zeroAndUnmap || !image.canZeroRanges {
         step = .allocate(mode: FallocateMode.punchHole)
@@ -72,9 +77,9 @@ struct TransferState {
     switch step {
     case .transfer: return moved(result, image)
     case .sync: return finish(.done)
-    case .allocate(let mode):
+    case .allocate, .control:
       // A file system without zeroing of its own: the range is given back and then given storage again.
-      if request.operation == .zero, mode == FallocateMode.punchHole, image.canAllocate {
+      if request.operation == .zero, step == .allocate(mode: FallocateMode.punchHole), image.canAllocate {
         step = .allocate(mode: FallocateMode.keepSize)
         return .again
       }
@@ -93,6 +98,11 @@ struct TransferState {
     }
     // What looked aligned was not enough for this storage.
     if error == .invalid, step == .transfer, image.isDirect, unsafe bounce == nil, startBouncing() { return .again }
+    // A device that forgets ranges but cannot say that they are zero then.
+    if error == .notSupported, step == .allocate(mode: FallocateMode.punchHole), let other = image.insteadOfHole(request.operation) {
+      step = other
+      return .again
+    }
     if step == .sync || (request.isDurable && error == .inputOutput) { image.noteFailedSync(error) }
     return finish(.failed(error))
   }

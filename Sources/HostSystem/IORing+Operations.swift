@@ -141,27 +141,39 @@ extension IORing {
     let result = clinux_io_uring_enter(fd.rawValue, pending, completions, 1)  // IORING_ENTER_GETEVENTS
     // How much was taken shows in the head even when the wait was interrupted.
     pending = submissionTail &- (unsafe clinux_load_acquire_u32(submissionHead))
+    // SAFETY: tail and flags lie in mappings owned by this ring.
+    unsafe flagsMisled =
+      clinux_load_relaxed_u32(submissionFlags) & 2 != 0  // IORING_SQ_TASKRUN
+      && completionHead == clinux_load_acquire_u32(completionTailPointer)
     return result < 0 ? result : 0
   }
+
+  /// Flags that say there is something to enter for. The kernel sets TASKRUN after it has put the work in its place: if the work is
+  /// done by then (it came from another processor), the flag stays until there is more, and entering for it brings nothing, again and again.
+  @inlinable @inline(__always)
+  var workFlags: UInt32 { flagsMisled ? 4 : 6 }  // IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN
 
   /// Whether `enter` would do anything without waiting: entries prepared, completions the kernel holds back for want of
   /// room, or work of its that waits for us (seen with `Traits.showsTaskWork`).
   @inlinable
   public var needsEnter: Bool {
-    pending > 0 || (unsafe clinux_load_relaxed_u32(submissionFlags)) & 6 != 0  // IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN
+    pending > 0 || (unsafe clinux_load_relaxed_u32(submissionFlags)) & workFlags != 0
   }
 
   /// Entries prepared and not handed over yet.
   @inlinable public var hasPrepared: Bool { pending > 0 }
 
   /// Whether completions wait to be taken, or work that may bring some waits for `enter`. Never a system call; without
-  /// `Traits.showsTaskWork` the second half stays unseen.
+  /// `showsWork` the second half stays unseen.
   @inlinable @inline(__always)
   public var hasWork: Bool {
     // SAFETY: tail and flags lie in mappings owned by this ring.
-    unsafe completionHead != clinux_load_acquire_u32(completionTailPointer) || clinux_load_relaxed_u32(submissionFlags) & 6 != 0
-    // IORING_SQ_CQ_OVERFLOW | IORING_SQ_TASKRUN
+    unsafe completionHead != clinux_load_acquire_u32(completionTailPointer) || clinux_load_relaxed_u32(submissionFlags) & workFlags != 0
   }
+
+  /// Whether `hasWork` tells the whole truth: the kernel shows waiting work, and its flag means something now.
+  @inlinable @inline(__always)
+  public var showsWork: Bool { traits.showsTaskWork && !flagsMisled }
 
   /// The next completion, or nil when none waits. Never a system call.
   @inlinable @inline(__always)

@@ -28,6 +28,8 @@ public struct IORing: ~Copyable {
   /// Prepared and not yet handed over.
   @usableFromInline var pending: UInt32 = 0
   @usableFromInline var completionHead: UInt32
+  /// The flag for waiting work was set though the last `enter` had brought nothing.
+  @usableFromInline var flagsMisled = false
 
   /// How a ring came out on this kernel.
   public struct Traits: Equatable, Sendable {
@@ -35,7 +37,7 @@ public struct IORing: ~Copyable {
     public var defersTaskWork = false
     /// `IORING_SETUP_COOP_TASKRUN` (Linux 5.19): completion work never interrupts us.
     public var cooperates = false
-    /// `IORING_SETUP_TASKRUN_FLAG` (Linux 5.19): waiting completion work shows in memory, so `hasWork` tells the whole truth.
+    /// `IORING_SETUP_TASKRUN_FLAG` (Linux 5.19): waiting completion work shows in memory, so `hasWork` tells the whole truth (`showsWork`).
     public var showsTaskWork = false
     /// Operations and registrations are limited to what was asked for.
     public var isRestricted = false

@@ -153,6 +153,8 @@ public struct FileStatus: Sendable {
   public let byteCount: UInt64
   public let mode: UInt32
   public let device: UInt64
+  /// Of a device file, the device it stands for.
+  public let specialDevice: UInt64
   public let inode: UInt64
   /// Preferred I/O size in bytes (`st_blksize`); the huge page size on hugetlbfs.
   public let blockSize: Int
@@ -170,6 +172,7 @@ public struct FileStatus: Sendable {
     byteCount = UInt64(clamping: raw.st_size)
     mode = raw.st_mode
     device = UInt64(raw.st_dev)
+    specialDevice = UInt64(raw.st_rdev)
     inode = UInt64(raw.st_ino)
     blockSize = Int(raw.st_blksize)
   }

@@ -4,6 +4,7 @@
 package enum SystemCallList: String, CaseIterable, Sendable {
   case base
   case blockCalls = "block-calls"
+  case blockControl = "block-control"
   case block
   case console
   case core
@@ -63,6 +64,12 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
         SystemCallRule(
           number: 72, conditions: [.init(argument: 1, test: .masked(.max, equals: 37))], reason: "fcntl"),
+      ]
+    case .blockControl:
+      [
+        SystemCallRule(
+          number: 16, conditions: [.init(argument: 1, test: .anyOf([0x1277, 0x127d]))], reason: "ioctl"),
+        SystemCallRule(number: 75, reason: "fdatasync"),
       ]
     case .block:
       [

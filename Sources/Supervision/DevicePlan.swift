@@ -135,8 +135,11 @@ struct DevicePlanner {
       let image = try open { () throws(SupervisionError) in
         try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id, claims)
       }
+      var arguments = Self.arguments(disk, readOnly)
+      // The process itself sees no /sys.
+      if let life = StorageLifetime.read(of: try HostFiles.status(image.number)) { arguments.append("--lifetime=\(life.text)") }
       return DevicePlan(
-        assignment, .program("martlet-block", arguments: Self.arguments(disk, readOnly), resources: [image], isOnTerminal: false))
+        assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))
     }
   }
 

@@ -132,7 +132,7 @@ enum HostFiles {
       switch readOnly ? ImageLock.takeToRead(fd.rawValue) : ImageLock.takeAll(fd.rawValue) {
       case .had: return true
       case .refused:
-        let holder = LockHolder.describe(of: try examine(fd))
+        let holder = LockHolder.describe(of: try examine(fd), own: "another disk of this VM")
         if holder != nil || .now >= end { throw .imageInUse(disk: disk, path: path, holder: holder) }
         _ = usleep(5000)
       case .failed(let error):

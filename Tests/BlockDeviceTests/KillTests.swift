@@ -14,6 +14,8 @@ struct KillTests {
   private static let blockByteCount = 4096
   private static let blockCount = 64
   private static let depth = 16
+  /// `MARTLET_KILL_ROUNDS` asks for more than the piece that every run of the tests does.
+  private static let rounds = ProcessInfo.processInfo.environment["MARTLET_KILL_ROUNDS"].flatMap { Int($0) } ?? 100
 
   private struct Request {
     var block: Int
@@ -22,7 +24,7 @@ struct KillTests {
     var status: GuestAddress
   }
 
-  @Test("Every request is answered once and rightly over a hundred kills", arguments: [false, true])
+  @Test("Every request is answered once and rightly over hundreds of kills", arguments: [false, true])
   func load(isPacked: Bool) throws {
     let image = "/tmp/martlet-disk-" + UUID().uuidString
     guard FileManager.default.createFile(atPath: image, contents: nil) else { throw TestFailure("no image") }
@@ -92,7 +94,7 @@ struct KillTests {
       }
     }
 
-    for round in 1...100 {
+    for round in 1...Self.rounds {
       // Killed while it works: after a number of answers that differs from round to round.
       let goal = answered + Int(random.next() % 200) + 1
       let end = MonotonicTime.now.advanced(by: .seconds(10))
@@ -115,7 +117,7 @@ struct KillTests {
       let start = block * Self.blockByteCount
       #expect(Array(file[start..<start + Self.blockByteCount]) == bytes(content[block]), "block \(block)")
     }
-    #expect(answered > 5000)
+    #expect(answered > 50 * Self.rounds)
   }
 
   /// The fence of whoever starts processes: what the dead one left under way holds the image's lock.

@@ -2,6 +2,8 @@ import Foundation
 import HostSystem
 import TestSupport
 import Testing
+import VMMemory
+import VirtioQueue
 import VirtioSpec
 
 /// Rate limits, changes of size, and sharing, as a driver sees them.
@@ -80,11 +82,117 @@ import VirtioSpec
     let refused = try DeviceProcess("martlet-block", ["--blk-file=" + writer.image, "--read-only"])
     let end = MonotonicTime.now.advanced(by: .seconds(5))
     while refused.isRunning, MonotonicTime.now < end { usleep(5000) }
-    #expect(refused.log.contains("in use"))
+    #expect(refused.log.contains("in use by process \(writer.program.processID) (martlet-block)"), "\(refused.log)")
+    #expect(refused.exitCode() == 1)
     let reader = try BlockRig(image: writer.image, arguments: ["--read-only", "--force-share"])
     #expect(try writer.write(3, pattern(512, 9)).status == 0)
     #expect(try reader.read(3, 1).data == pattern(512, 9))
     #expect(try reader.write(3, pattern(512, 8)).status == 1)
+  }
+
+  /// Sizes change while reads are on their way: what lies inside all of them is read, what lies outside all of them fails.
+  @Test func resizingUnderLoadHarmsNobody() throws {
+    let least = 2048
+    let most = 8192
+    let rig = try BlockRig(sectors: most)
+    #expect(try rig.write(0, pattern(least * 512, 5)).status == 0)
+    let data = pattern(least * 512, 5)
+    let front = rig.front
+    let queue = front.queues[0]
+    let places = (0..<32).map { _ in (header: front.allocate(16), data: front.allocate(4096, alignment: 512), status: front.allocate(1)) }
+    var free = Array(places.indices)
+    var outstanding: [UInt16: (place: Int, sector: UInt64)] = [:]
+    var random = SeededRandom(31)
+    var kept = 0
+    for round in 0..<400 {
+      if round % 4 == 0 {
+        truncate(rig.image, Int.random(in: least...most, using: &random) * 512)
+        rig.program.signal(SIGHUP)
+      }
+      while let place = free.popLast() {
+        let sector = random.next() % UInt64(most + 4096)
+        let (header, buffer, status) = places[place]
+        _ = front.memory.store(UInt32(0), at: header)
+        _ = front.memory.store(sector, at: GuestAddress(header.rawValue + 8))
+        _ = front.memory.store(UInt8(0xAA), at: status)
+        let head = queue.offer([
+          DriverBuffer(header, 16, isDeviceWritable: false), DriverBuffer(buffer, 4096, isDeviceWritable: true),
+          DriverBuffer(status, 1, isDeviceWritable: true),
+        ])
+        outstanding[try unwrap(head)] = (place, sector)
+      }
+      for _ in 0..<24 {
+        let (place, sector) = try unwrap(outstanding.removeValue(forKey: try queue.nextUsed().head))
+        let status = front.memory.load(UInt8.self, at: places[place].status)
+        if sector + 8 <= UInt64(least) {
+          let start = Int(sector) * 512
+          let found = front.memory.bytes(at: places[place].data, count: 4096)
+          check(status == 0 && found == Array(data[start..<start + 4096]), "sector \(sector)")
+          kept += 1
+        } else if sector + 8 > UInt64(most) {
+          check(status == 1, "sector \(sector) is outside of every size")
+        } else {
+          check(status == 0 || status == 1)
+        }
+        free.append(place)
+      }
+    }
+    #expect(kept > 100)
+    #expect(rig.program.isRunning)
+  }
+
+  @Test("The configuration space has 256 bytes for whoever asks, zeros behind its own")
+  func longConfiguration() throws {
+    let rig = try BlockRig()
+    let space = try rig.front.configuration(256)
+    #expect(space.count == 256 && space[96...].allSatisfy { $0 == 0 } && space[0] == 0 && space[1] == 8)
+    #expect(try rig.front.configuration(160, at: 96).allSatisfy { $0 == 0 })
+    #expect(throws: (any Error).self) { try rig.front.configuration(2, at: 255) }
+  }
+
+  @Test func wearIsToldWhereItIsKnown() throws {
+    let rig = try BlockRig(arguments: ["--lifetime=1,2,11"])
+    #expect(rig.front.offered.contains(.blockLifetime))
+    let answer = try rig.request(10, inputCount: 6)
+    #expect(answer.status == 0 && answer.written == 7 && answer.data == [1, 0, 2, 0, 11, 0])
+    #expect(try rig.request(10, inputCount: 5).status == 1)
+    let silent = try BlockRig()
+    #expect(!silent.front.offered.contains(.blockLifetime))
+    #expect(try silent.request(10, inputCount: 6).status == 2)
+  }
+
+  @Test func whatIsNotToBeOfferedIsNot() throws {
+    let rig = try BlockRig(arguments: ["--ring-without=packed,event_idx"], wanting: { $0 })
+    #expect(!rig.front.offered.contains(.packedRing) && !rig.front.offered.contains(.eventIndex))
+    #expect(rig.front.offered.contains(.indirectDescriptors) && !rig.front.offered.contains(.inOrder))
+    #expect(try rig.read(0, 1).status == 0)
+  }
+
+  /// Only a disk that answers at once answers in the order of the requests, and says so.
+  @Test(arguments: [false, true])
+  func aDiskWithoutStorageAnswersInOrder(isPacked: Bool) throws {
+    let program = try DeviceProcess("martlet-block", ["--blk-null=1048576", "--num-queues=1"])
+    let front = try TestFrontEnd(try program.connect(), wanting: { isPacked ? $0 : $0.subtracting(.packedRing) })
+    try #require(front.features.contains(.inOrder) && front.features.contains(.packedRing) == isPacked)
+    let queue = try front.startQueue(size: 32)
+    let header = front.allocate(16)
+    let data = front.allocate(4096)
+    var random = SeededRandom(3)
+    var expected: [UInt16] = []
+    for _ in 0..<200 {
+      for _ in 0..<Int(random.next() % 10 + 1) {
+        // Reads, writes, flushes, and some that are refused.
+        _ = front.memory.store([UInt32(0), 1, 4, 99][Int(random.next() % 4)], at: header)
+        _ = front.memory.store(UInt64(0), at: GuestAddress(header.rawValue + 8))
+        let head = queue.offer([
+          DriverBuffer(header, 16, isDeviceWritable: false), DriverBuffer(data, 512, isDeviceWritable: random.next() % 2 == 0),
+          DriverBuffer(front.allocate(1, alignment: 1), 1, isDeviceWritable: true),
+        ])
+        if let head { expected.append(head) }
+      }
+      for _ in 0..<Int.random(in: 0...expected.count, using: &random) { #expect(try queue.nextUsed().head == expected.removeFirst()) }
+    }
+    while !expected.isEmpty { #expect(try queue.nextUsed().head == expected.removeFirst()) }
   }
 
   @Test func aDiskWithoutStorageServes() throws {

@@ -48,7 +48,11 @@ import Testing
     /// Whether the bytes can be had by copying, and are the file's.
     func copies<Engine: StorageEngine & ~Copyable>(_ engine: inout Engine, _ offset: Int, _ count: Int) -> Bool {
       memset(memory, 0, count)
-      return engine.copy(request(.read, offset, count)) && engine.fileByteCount >= UInt64(offset + count)
+      switch engine.copy(request(.read, offset, count)) {
+      case .no: return false
+      case .whole: return true
+      case .ifLongEnough: return engine.fileByteCount >= UInt64(offset + count)
+      }
     }
   }
 
@@ -101,6 +105,11 @@ import Testing
     truncate(rig.path, 65536 + 1000)
     #expect(!rig.copies(&engine, 65536, 4096))
     #expect(rig.perform(&engine, rig.request(.read, 65536, 4096)) == .failed(.inputOutput))
+    // Before the end there is nothing to ask for, behind it there is, also where the copy ends within the page that has the end.
+    #expect(engine.copy(rig.request(.read, 65536, 512)) == .whole)
+    check(rig.bytes(512) == Array(rig.content[65536..<(65536 + 512)]))
+    #expect(engine.copy(rig.request(.read, 65536, 1024)) == .ifLongEnough)
+    #expect(!rig.copies(&engine, 65536 + 512, 512))
     // Whole pages are gone: SIGBUS.
     truncate(rig.path, 4096)
     #expect(!rig.copies(&engine, 65536, 4096))

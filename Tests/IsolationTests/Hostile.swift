@@ -11,7 +11,8 @@ struct Hostile {
   static let canRun = BuiltPrograms.exists("martlet-hostile")
   /// Who serves with which lists.
   static let roles: [(name: String, lists: [SystemCallList])] = [
-    ("block", [.base, .device, .block]), ("block-calls", [.base, .device, .blockCalls]), ("net", [.base, .device, .net]),
+    ("block", [.base, .device, .block]), ("block-calls", [.base, .device, .blockCalls]),
+    ("block-control", [.base, .device, .block, .blockControl]), ("net", [.base, .device, .net]),
     ("template", [.base, .device]),
     ("console", [.base, .device, .console]), ("core", [.base, .core]), ("processor", [.processor]),
     ("supervisor", [.supervisor]), ("guardian", [.guardian]),

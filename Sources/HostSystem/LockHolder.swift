@@ -1,13 +1,12 @@
-import CLinux
 import Glibc
-import HostSystem
 
 /// Finds out who holds a file lock. Only asked when a lock was refused, so it may be slow.
-enum LockHolder {
+package enum LockHolder {
   /// `process 123 (qemu-system-x86)`, or nil when /proc does not tell us.
-  static func describe(of file: FileStatus) -> String? {
+  /// - Parameter own: what the process itself is called.
+  package static func describe(of file: FileStatus, own: String = "this process itself") -> String? {
     guard let pid = find(file) else { return nil }
-    if pid == getpid() { return "another disk of this VM" }
+    if pid == getpid() { return own }
     guard let bytes = try? OwnedFD.open("/proc/\(pid)/comm", O_RDONLY).readToEnd(limit: 64) else { return "process \(pid)" }
     return "process \(pid) (\(String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self)))"
   }

@@ -1,0 +1,235 @@
+import Foundation
+import HostSystem
+import TestSupport
+import Testing
+import VMMemory
+import VirtioQueue
+import VirtioSpec
+
+/// Storage that fails, waits, comes back short or goes away, behind both ways to it.
+@Suite("Storage in trouble", .enabled(if: TroubleDisk.canRun, "Needs root, FUSE and Python."))
+struct TroubleTests {
+  static let ways = ["--aio=io_uring", "--aio=threads"]
+
+  @Test("Errors of the storage are errors of the request, and end with it", arguments: ways)
+  func errors(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    let rig = try BlockRig(image: disk.image, arguments: [way])
+    #expect(try rig.write(0, pattern(4096, 1)).status == 0)
+    for (number, text) in [(EIO, "input/output error"), (ENOSPC, "no space left"), (ESTALE, "stale"), (ENXIO, "")] {
+      try disk.order(read: number, write: number)
+      let read = try rig.read(0, 8)
+      #expect(read.status == 1 && read.written == 0)
+      #expect(read.data.allSatisfy { $0 == 0xEE }, "nothing was put into the guest's buffer")
+      #expect(try rig.write(0, pattern(4096, 2)).status == 1)
+      #expect(rig.program.log.lowercased().contains(text), "\(rig.program.log)")
+      try disk.order()
+      #expect(try rig.read(0, 8).data == pattern(4096, 1))
+    }
+    #expect(try rig.flush().status == 0)
+  }
+
+  @Test("A failed flush is remembered until the image is opened anew", arguments: ways)
+  func stickyFlush(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    do {
+      let rig = try BlockRig(image: disk.image, arguments: [way])
+      #expect(try rig.flush().status == 0)
+      try disk.order(sync: EIO)
+      #expect(try rig.flush().status == 1)
+      try disk.order()
+      for _ in 0..<3 { #expect(try rig.flush().status == 1) }
+      #expect(try rig.write(0, pattern(512, 1)).status == 0)
+    }
+    let rig = try BlockRig(image: disk.image, arguments: [way])
+    #expect(try rig.flush().status == 0)
+  }
+
+  @Test("Short transfers go on until they are whole", arguments: ways)
+  func shortTransfers(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    let rig = try BlockRig(image: disk.image, arguments: [way])
+    try disk.order(isShort: true)
+    let data = pattern(24 << 10, 3)
+    #expect(try rig.write(8, data, pieces: 5).status == 0)
+    #expect(Array(disk.content[4096..<4096 + data.count]) == data)
+    let read = try rig.read(8, 48, pieces: 7)
+    #expect(read.status == 0 && read.data == data)
+    #expect(disk.landed.count > 3)
+  }
+
+  @Test("A slow request does not hold up the others, nor a stop", arguments: ways)
+  func slowStorage(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    let rig = try BlockRig(image: disk.image, queues: 2, arguments: [way])
+    #expect(try rig.read(0, 8).status == 0)
+    try disk.order(delay: 0.5)
+    let begin = MonotonicTime.now
+    for index in 0..<6 {
+      let header = rig.front.allocate(16)
+      _ = rig.front.memory.store(UInt32(0), at: header)
+      _ = rig.front.memory.store(UInt64(index), at: GuestAddress(header.rawValue + 8))
+      rig.front.queues[0].offer([
+        DriverBuffer(header, 16, isDeviceWritable: false), DriverBuffer(rig.front.allocate(512), 512, isDeviceWritable: true),
+        DriverBuffer(rig.front.allocate(1), 1, isDeviceWritable: true),
+      ])
+    }
+    #expect(try rig.request(8, inputCount: 20, queue: 1).status == 0)
+    #expect(MonotonicTime.now.since(begin) < .milliseconds(450), "a request that needs no storage waited for one that does")
+    for _ in 0..<6 { _ = try rig.front.queues[0].nextUsed() }
+    // Six at a time, not one after another.
+    #expect((Duration.milliseconds(450)..<Duration.milliseconds(2500)).contains(MonotonicTime.now.since(begin)))
+    _ = try rig.front.stop(rig.front.queues[0])
+  }
+
+  @Test("Storage that vanishes: errors, and a process that lives", arguments: ways)
+  func vanishedStorage(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    let rig = try BlockRig(image: disk.image, arguments: [way])
+    #expect(try rig.read(0, 8).status == 0)
+    disk.vanish()
+    for _ in 0..<3 {
+      #expect(try rig.read(0, 8).status == 1)
+      #expect(try rig.write(0, pattern(512, 1)).status == 1)
+    }
+    #expect(try rig.flush().status == 1)
+    #expect(try rig.request(8, inputCount: 20).status == 0)
+    #expect(rig.program.isRunning)
+    _ = try rig.front.stop(rig.front.queues[0])
+  }
+
+  /// The write of a process that is no more is still on its way to the storage; whoever comes next must not begin before it
+  /// has arrived, or it would land on top of newer data.
+  @Test("The next process waits for a dead one's write, does it again, and newer data wins", arguments: ways)
+  func zombieWrite(way: String) throws {
+    let disk = try TroubleDisk(byteCount: 1 << 20)
+    let arguments = ["--blk-file=" + disk.image, "--num-queues=1", way]
+    var program = try DeviceProcess("martlet-block", arguments)
+    let front = try TestFrontEnd(try program.connect(), wanting: { $0.subtracting(.packedRing) })
+    try front.recordInflight(queues: 1, queueSize: 128)
+    let queue = try front.startQueue(size: 128)
+    func write(_ byte: UInt8) -> (head: UInt16?, status: GuestAddress) {
+      let header = front.allocate(16)
+      let data = front.allocate(4096)
+      let status = front.allocate(1)
+      _ = front.memory.store(UInt32(1), at: header)
+      _ = front.memory.store(UInt64(0), at: GuestAddress(header.rawValue + 8))
+      _ = front.memory.copyIn([UInt8](repeating: byte, count: 4096), at: data)
+      _ = front.memory.store(UInt8(0xAA), at: status)
+      let head = queue.offer([
+        DriverBuffer(header, 16, isDeviceWritable: false), DriverBuffer(data, 4096, isDeviceWritable: false),
+        DriverBuffer(status, 1, isDeviceWritable: true),
+      ])
+      return (head, status)
+    }
+    try disk.order(delay: 1)
+    let begin = MonotonicTime.now
+    let old = write(1)
+    // Long enough to be with the storage, short enough not to be done.
+    usleep(200_000)
+    program.kill9()
+    #expect(disk.landed.isEmpty)
+    program = try DeviceProcess("martlet-block", arguments)
+    let socket = try program.connect()
+    // It listens, so it has the image: the dead process's write has landed.
+    #expect(disk.landed.map(\.first) == [1], "\(MonotonicTime.now.since(begin)) after the write began")
+    try disk.order()
+    try front.reconnect(socket)
+    #expect(try queue.nextUsed().head == old.head)
+    let new = write(2)
+    #expect(try queue.nextUsed().head == new.head)
+    #expect(front.memory.load(UInt8.self, at: old.status) == 0 && front.memory.load(UInt8.self, at: new.status) == 0)
+    usleep(1_200_000)
+    #expect(disk.landed.map(\.first) == [1, 1, 2])
+    #expect(disk.content[..<4096].allSatisfy { $0 == 2 })
+  }
+}
+
+/// Block devices of the host.
+@Suite("Images that are block devices", .serialized, .enabled(if: LoopDisk.canRun, "Needs root and loop devices."))
+struct DeviceImageTests {
+  private static let hasStrace = FileManager.default.isExecutableFile(atPath: "/usr/bin/strace")
+
+  @Test("Discard and write-zeroes reach the device", arguments: TroubleTests.ways)
+  func ranges(way: String) throws {
+    let disk = try LoopDisk(byteCount: 4 << 20)
+    let rig = try BlockRig(image: disk.device, arguments: [way])
+    try #require(rig.front.offered.contains(.blockDiscard) && rig.front.offered.contains(.blockWriteZeroes))
+    #expect(try rig.flush().status == 0)
+    let before = disk.allocated
+    #expect(try rig.ranges(11, [(2048, 2048, 0)]).status == 0)
+    #expect(disk.allocated <= before - (900 << 10), "\(before) then \(disk.allocated)")
+    #expect(try rig.ranges(13, [(0, 8, 0), (16, 8, 1)]).status == 0)
+    #expect(try rig.read(0, 8).data.allSatisfy { $0 == 0 })
+    #expect(try rig.read(16, 8).data.allSatisfy { $0 == 0 })
+    #expect(try rig.read(8, 8).data == Array(pattern(4 << 20, 8)[4096..<8192]))
+    #expect(try rig.flush().status == 0)
+    #expect(Array(disk.content[4096..<8192]) == Array(pattern(4 << 20, 8)[4096..<8192]))
+  }
+
+  @Test("A device that forgets ranges and cannot zero them is told so by its own order", .enabled(if: hasStrace, "strace fails the calls"))
+  func discardByOrder() throws {
+    let disk = try LoopDisk(byteCount: 4 << 20)
+    let rig = try BlockRig(
+      image: disk.device, arguments: ["--aio=threads"],
+      wrapper: [
+        "/usr/bin/strace", "-f", "-qq", "-e", "trace=fallocate,ioctl", "-e", "inject=fallocate:error=EOPNOTSUPP", "-o", "/dev/stderr",
+      ])
+    let before = disk.allocated
+    #expect(try rig.ranges(11, [(2048, 2048, 0)]).status == 0)
+    #expect(rig.program.log.contains("BLKDISCARD, [1048576, 1048576]"), "\(rig.program.log)")
+    #expect(disk.allocated <= before - (900 << 10))
+  }
+
+  @Test("Secure erase is offered where the device takes it, and ends as the device says", .enabled(if: hasStrace, "strace changes answers"))
+  func secureErase() throws {
+    let disk = try LoopDisk(byteCount: 4 << 20)
+    let plain = try BlockRig(image: disk.device)
+    #expect(!plain.front.offered.contains(.blockSecureErase))
+    #expect(try plain.ranges(14, [(0, 8, 0)]).status == 2)
+    plain.program.kill9()
+    for way in TroubleTests.ways {
+      // The fifth is the question whether it can, to which this device says no.
+      let rig = try BlockRig(
+        image: disk.device, arguments: [way],
+        wrapper: ["/usr/bin/strace", "-f", "-qq", "-e", "trace=ioctl", "-e", "inject=ioctl:error=EINVAL:when=5", "-o", "/dev/stderr"])
+      #expect(rig.front.offered.contains(.blockSecureErase), "\(rig.program.log)")
+      let space = BlockConfiguration(decoding: try rig.front.configuration(96))
+      #expect(space.maxSecureEraseSectors > 0 && space.maxSecureEraseSegments > 0 && space.secureEraseSectorAlignment == 1)
+      #expect(try rig.ranges(14, [(8, 16, 1)]).status == 2, "no flags")
+      #expect(try rig.ranges(14, [(8192, 1, 0)]).status == 1, "outside")
+      #expect(try rig.ranges(14, [(8, 16, 0)]).status == 2, "the device says so itself")
+      #expect(rig.program.log.contains("BLKSECDISCARD, [4096, 8192]"), "\(rig.program.log)")
+      #expect(try rig.read(0, 8).status == 0)
+    }
+  }
+
+  @Test("A device whose storage is cut off gives errors, and goes on where it is whole", arguments: TroubleTests.ways)
+  func cutOff(way: String) throws {
+    let disk = try LoopDisk(byteCount: 4 << 20)
+    let rig = try BlockRig(image: disk.device, arguments: [way, "--direct"])
+    #expect(try rig.read(4096, 8).status == 0)
+    truncate(disk.backing, 1 << 20)
+    #expect(try rig.read(4096, 8).status == 1)
+    #expect(try rig.read(0, 8).data == Array(pattern(4 << 20, 8)[..<4096]))
+    #expect(rig.program.log.contains("input/output error"))
+  }
+
+  @Test("The kernel's word on wear is found by the device's number")
+  func lifetime() throws {
+    let disk = try LoopDisk(byteCount: 1 << 20)
+    let status = try OwnedFD.open(disk.device, O_RDONLY).status()
+    #expect(StorageLifetime.read(of: status) == nil, "a loop device does not wear")
+    let root = "/tmp/martlet-sys-" + UUID().uuidString
+    defer { try? FileManager.default.removeItem(atPath: root) }
+    let number = "\(status.specialDevice >> 8 & 0xFFF):\(status.specialDevice & 0xFF)"
+    let card = root + "/dev/block/\(number)/device"
+    try FileManager.default.createDirectory(atPath: card, withIntermediateDirectories: true)
+    try Data("0x02 0x0b\n".utf8).write(to: URL(fileURLWithPath: card + "/life_time"))
+    #expect(StorageLifetime.read(of: status, root: root) == StorageLifetime(endOfLife: 0, typeA: 2, typeB: 11))
+    try Data("0x01\n".utf8).write(to: URL(fileURLWithPath: card + "/pre_eol_info"))
+    #expect(StorageLifetime.read(of: status, root: root)?.text == "1,2,11")
+    try Data("nonsense\n".utf8).write(to: URL(fileURLWithPath: card + "/life_time"))
+    #expect(StorageLifetime.read(of: status, root: root) == nil)
+  }
+}
