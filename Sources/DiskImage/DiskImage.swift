@@ -48,6 +48,9 @@ package final class DiskImage: Sendable {
   /// Bytes a guest can address: a multiple of 512. Changes only in `lookAgain`.
   package var byteCount: UInt64 { size.load(ordering: .relaxed) }
   private let isDevice: Bool
+  /// The file system is a process (FUSE). Linux lets it wait in the place of whoever asks it not to, and io_uring then puts together
+  /// wrong bytes from its short answers (seen with 6.18).
+  let isServedByProcess: Bool
   /// The image's file mapped for reading; nil where that cannot be or is not wanted.
   let cachedWindows: CachedWindows?
   /// Smallest unit the storage transfers, 512 to 65536 bytes. With `isDirect` a request must be a multiple of it.
@@ -112,6 +115,7 @@ package final class DiskImage: Sendable {
     self.name = name
     size = Atomic(facts.byteCount)
     isDevice = facts.isDevice
+    isServedByProcess = facts.isServedByProcess
     cachedWindows = facts.isMappable && options.mapsCache && !options.isDirect && !options.isShared ? CachedWindows() : nil
     logicalBlockSize = facts.logicalBlockSize
     physicalBlockSize = facts.physicalBlockSize
@@ -144,6 +148,7 @@ package final class DiskImage: Sendable {
     self.name = name
     size = Atomic(byteCount - byteCount % 512)
     isDevice = false
+    isServedByProcess = false
     cachedWindows = nil
     logicalBlockSize = 512
     physicalBlockSize = 4096
@@ -170,6 +175,7 @@ package final class DiskImage: Sendable {
     var canAllocate = false
     var isDevice = false
     var isMappable = false
+    var isServedByProcess = false
   }
 
   /// Takes the image's size anew, after somebody has made it longer or shorter; true if it has changed.
@@ -215,7 +221,9 @@ package final class DiskImage: Sendable {
     case .regular:
       facts.byteCount = status.byteCount
       facts.physicalBlockSize = status.blockSize >= 512 && status.blockSize <= 65536 ? status.blockSize : 4096
-      facts.isMappable = mappableFileSystems.contains(clinux_file_system(fd.rawValue))
+      let fileSystem = clinux_file_system(fd.rawValue)
+      facts.isMappable = mappableFileSystems.contains(fileSystem)
+      facts.isServedByProcess = fileSystem == 0x6573_5546  // FUSE_SUPER_MAGIC
     case .blockDevice:
       try examineDevice(fd, name, &facts)
       facts.isDevice = true

@@ -42,6 +42,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
     // by way of kernel workers, 20 to 60 ms after the process; until then a successor would find the image locked. A plain
     // descriptor goes with the process, or with the last request that is under way, and costs two atomic additions each.
     configuration.workerLimit = 16
+    configuration.leavesToWorkers = image.isServedByProcess
     var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove, .timeout]
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
     configuration.allowedOperations = operations

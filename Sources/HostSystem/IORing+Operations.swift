@@ -49,7 +49,7 @@ extension IORing {
       entryFlags = 0
     case .registered(let index):
       number = Int32(bitPattern: index)
-      entryFlags = 1  // IOSQE_FIXED_FILE
+      entryFlags = registeredFlags  // IOSQE_FIXED_FILE, IOSQE_ASYNC
     }
     // SAFETY: the masked index lies inside the entries' mapping, and the kernel reads no entry before `enter`.
     unsafe entries[Int(submissionTail & submissionMask)] = SubmissionEntry(

@@ -13,6 +13,7 @@ public struct IORing: ~Copyable {
   public let traits: Traits
 
   private let memory: RingMemory
+  @usableFromInline let registeredFlags: UInt8
 
   @usableFromInline let entries: UnsafeMutablePointer<SubmissionEntry>
   @usableFromInline let submissionHead: UnsafeMutableRawPointer
@@ -52,6 +53,9 @@ public struct IORing: ~Copyable {
     public var completionCapacity: Int
     /// Descriptors to register: entries name them as `.registered(index)`.
     public var files: [CInt] = []
+    /// What is asked of registered files goes to a kernel worker at once, without being tried in place first. For files whose
+    /// file system takes its time where it was asked not to.
+    public var leavesToWorkers = false
     /// The only operations this ring will ever do; nil for any.
     public var allowedOperations: [IOOperation]?
     /// Most kernel worker threads for operations that cannot be done without blocking; nil for the kernel's default.
@@ -73,11 +77,13 @@ public struct IORing: ~Copyable {
     traits.capacity = Int(parameters.sq_entries)
     let memory = try RingMemory(fd, parameters)
     try Self.register(configuration, ring: fd.rawValue)
-    self.init(fd: fd, traits: traits, memory: memory, parameters: parameters)
+    self.init(
+      fd: fd, traits: traits, memory: memory, parameters: parameters, registeredFlags: configuration.leavesToWorkers ? 1 | 16 : 1)
   }
 
-  private init(fd: consuming OwnedFD, traits: Traits, memory: RingMemory, parameters: io_uring_params) {
+  private init(fd: consuming OwnedFD, traits: Traits, memory: RingMemory, parameters: io_uring_params, registeredFlags: UInt8) {
     self.fd = fd
+    self.registeredFlags = registeredFlags
     self.traits = traits
     self.memory = memory
     // SAFETY: offsets are the kernel's own, inside the mappings it sized; the mappings live as long as this value.
@@ -147,7 +153,7 @@ public struct IORing: ~Copyable {
     // is forbidden.
     var restrictions = allowed.map { clinux_allow_operation($0.rawValue) }
     restrictions.append(clinux_allow_register(12))  // IORING_REGISTER_ENABLE_RINGS
-    restrictions.append(clinux_allow_flags(1))  // IOSQE_FIXED_FILE
+    restrictions.append(clinux_allow_flags(configuration.leavesToWorkers ? 1 | 16 : 1))  // IOSQE_FIXED_FILE, IOSQE_ASYNC
     let count = UInt32(restrictions.count)
     // SAFETY: the array lives for the call and has `count` entries.
     let result = unsafe restrictions.withUnsafeMutableBytes {

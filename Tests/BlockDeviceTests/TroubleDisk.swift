@@ -116,18 +116,27 @@ final class TroubleDisk {
 final class LoopDisk {
   static let canRun = geteuid() == 0 && access("/dev/loop-control", R_OK | W_OK) == 0 && access("/usr/sbin/losetup", X_OK) == 0
 
-  let backing = "/tmp/martlet-loop-" + UUID().uuidString
+  let backing: String
+  private let ownsBacking: Bool
   let device: String
 
   init(byteCount: Int) throws {
+    backing = "/tmp/martlet-loop-" + UUID().uuidString
+    ownsBacking = true
     let content = Data(pattern(byteCount, 8))
     guard FileManager.default.createFile(atPath: backing, contents: content) else { throw TestFailure("no backing file") }
     device = try Self.losetup(["-f", "--show", backing])
   }
 
+  init(over backing: String) throws {
+    self.backing = backing
+    ownsBacking = false
+    device = try Self.losetup(["-f", "--show", backing])
+  }
+
   deinit {
     _ = try? Self.losetup(["-d", device])
-    unlink(backing)
+    if ownsBacking { unlink(backing) }
   }
 
   private static func losetup(_ arguments: [String]) throws -> String {

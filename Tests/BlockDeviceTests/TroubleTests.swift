@@ -7,7 +7,7 @@ import VirtioQueue
 import VirtioSpec
 
 /// Storage that fails, waits, comes back short or goes away, behind both ways to it.
-@Suite("Storage in trouble", .enabled(if: TroubleDisk.canRun, "Needs root, FUSE and Python."))
+@Suite("Storage in trouble", .enabled(if: TroubleDisk.canRun && LoopDisk.canRun, "Needs root, FUSE, loop devices and Python."))
 struct TroubleTests {
   static let ways = ["--aio=io_uring", "--aio=threads"]
 
@@ -16,7 +16,7 @@ struct TroubleTests {
     let disk = try TroubleDisk(byteCount: 1 << 20)
     let rig = try BlockRig(image: disk.image, arguments: [way])
     #expect(try rig.write(0, pattern(4096, 1)).status == 0)
-    for (number, text) in [(EIO, "input/output error"), (ENOSPC, "no space left"), (ESTALE, "stale"), (ENXIO, "")] {
+    for (number, text) in [(EIO, "input/output error"), (ENOSPC, "no space left"), (ESTALE, "estale"), (ENXIO, "enxio")] {
       try disk.order(read: number, write: number)
       let read = try rig.read(0, 8)
       #expect(read.status == 1 && read.written == 0)
@@ -102,15 +102,17 @@ struct TroubleTests {
   /// has arrived, or it would land on top of newer data.
   @Test("The next process waits for a dead one's write, does it again, and newer data wins", arguments: ways)
   func zombieWrite(way: String) throws {
+    // Through a loop device, whose requests do not die with the process that made them.
     let disk = try TroubleDisk(byteCount: 1 << 20)
-    let arguments = ["--blk-file=" + disk.image, "--num-queues=1", way]
+    let loop = try LoopDisk(over: disk.image)
+    let arguments = ["--blk-file=" + loop.device, "--num-queues=1", "--direct", way]
     var program = try DeviceProcess("martlet-block", arguments)
     let front = try TestFrontEnd(try program.connect(), wanting: { $0.subtracting(.packedRing) })
     try front.recordInflight(queues: 1, queueSize: 128)
     let queue = try front.startQueue(size: 128)
     func write(_ byte: UInt8) -> (head: UInt16?, status: GuestAddress) {
       let header = front.allocate(16)
-      let data = front.allocate(4096)
+      let data = front.allocate(4096, alignment: 4096)
       let status = front.allocate(1)
       _ = front.memory.store(UInt32(1), at: header)
       _ = front.memory.store(UInt64(0), at: GuestAddress(header.rawValue + 8))
@@ -128,7 +130,8 @@ struct TroubleTests {
     // Long enough to be with the storage, short enough not to be done.
     usleep(200_000)
     program.kill9()
-    #expect(disk.landed.isEmpty)
+    // A call in a thread is not left by its process, so here there is nothing under way any more.
+    if way == "--aio=io_uring" { #expect(disk.landed.isEmpty) }
     program = try DeviceProcess("martlet-block", arguments)
     let socket = try program.connect()
     // It listens, so it has the image: the dead process's write has landed.
@@ -189,10 +192,10 @@ struct DeviceImageTests {
     #expect(try plain.ranges(14, [(0, 8, 0)]).status == 2)
     plain.program.kill9()
     for way in TroubleTests.ways {
-      // The fifth is the question whether it can, to which this device says no.
+      // The seventh is the question whether it can, to which this device says no.
       let rig = try BlockRig(
         image: disk.device, arguments: [way],
-        wrapper: ["/usr/bin/strace", "-f", "-qq", "-e", "trace=ioctl", "-e", "inject=ioctl:error=EINVAL:when=5", "-o", "/dev/stderr"])
+        wrapper: ["/usr/bin/strace", "-f", "-qq", "-e", "trace=ioctl", "-e", "inject=ioctl:error=EINVAL:when=7", "-o", "/dev/stderr"])
       #expect(rig.front.offered.contains(.blockSecureErase), "\(rig.program.log)")
       let space = BlockConfiguration(decoding: try rig.front.configuration(96))
       #expect(space.maxSecureEraseSectors > 0 && space.maxSecureEraseSegments > 0 && space.secureEraseSectorAlignment == 1)

@@ -8,27 +8,43 @@ from . import TOOLS, Disk, Failure, Skip, command, scenario
 VERIFY = """
 vd=/dev/$(disk work)
 equal queues {queues} $(ls -d /sys/block/${{vd##*/}}/mq/* | wc -l)
-succeeds {name} tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=32 --size=24m \\
+bits=$(cat /sys/block/${{vd##*/}}/device/features)
+equal layout {bits} $(echo $bits | cut -c35)$(echo $bits | cut -c30)$(echo $bits | cut -c29)
+succeeds {name} tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=32 --size=16m \\
   --verify=crc32c --verify_fatal=1 --verify_backlog=64 --fsync=500 --loops=1 --thread --eta=never
 """
 
-LAYOUTS = [("one queue of 256", 1, 256, ""), ("two queues of 16", 2, 16, ""), ("two queues of 1024, direct", 2, 1024, ",direct=on"),
-           ("two queues, threads", 2, 256, ",aio=threads"), ("two queues, no mapping, no looking", 2, 64, ",cache_map=off,poll=off")]
+# Name, queues, their size, keys of the disk, and which of packed ring, event indices and indirect tables the driver has then.
+SPLIT = [("one queue of 256", 1, 256, ",packed=off", "011"), ("two of 16, no event indices", 2, 16, ",packed=off,event_idx=off", "001"),
+         ("two of 1024, direct", 2, 1024, ",packed=off,direct=on", "011"),
+         ("two of 128, no tables, no mapping, no looking", 2, 128, ",packed=off,indirect_desc=off,cache_map=off,poll=off", "010")]
+PACKED = [("one queue of 256, threads", 1, 256, ",aio=threads", "111"), ("two of 16, no event indices", 2, 16, ",event_idx=off", "101"),
+          ("two of 1024, direct", 2, 1024, ",direct=on", "111"), ("two of 128, no tables, no event indices", 2, 128, ",event_idx=off,indirect_desc=off", "100")]
 
 
-@scenario("fio writes and verifies over queue layouts, ways of access, and caches", 400)
-def disk_verify(trial):
+def verify(trial, layouts):
     note = ""
-    for number, (name, queues, size, keys) in enumerate(LAYOUTS):
-        image = trial.image(f"work{number}", 32 << 20)
-        if "direct" in keys:
+    for number, (name, queues, size, keys, bits) in enumerate(layouts):
+        image = trial.image(f"work{number}", 24 << 20)
+        if "direct" in keys.replace("indirect", ""):
             try:
                 os.close(os.open(image, os.O_RDWR | os.O_DIRECT))
             except OSError:
-                keys, note = "", "without direct access, which this file system has not"
+                keys, note = keys.replace(",direct=on", ""), "without direct access, which this file system has not"
         disk = Disk(image, serial="work", keys=f",num_queues={queues},queue_size={size}{keys}")
-        trial.run(TOOLS + VERIFY.format(queues=queues, name=f"fio{number}"), f"queues fio{number}", 120, disks=[disk, trial.tools()], cpus=2)
+        trial.run(TOOLS + VERIFY.format(queues=queues, name=f"fio{number}", bits=bits), f"queues layout fio{number}", 120, disks=[disk, trial.tools()],
+                  cpus=2)
     return note
+
+
+@scenario("fio writes and verifies over layouts of split rings, ways of access, and caches", 400)
+def disk_verify(trial):
+    return verify(trial, SPLIT)
+
+
+@scenario("fio writes and verifies over layouts of packed rings, ways of access, and caches", 400)
+def disk_verify_packed(trial):
+    return verify(trial, PACKED)
 
 
 HOLES = TOOLS + """
