@@ -42,7 +42,6 @@ package struct RingEngine: StorageEngine, ~Copyable {
     // by way of kernel workers, 20 to 60 ms after the process; until then a successor would find the image locked. A plain
     // descriptor goes with the process, or with the last request that is under way, and costs two atomic additions each.
     configuration.workerLimit = 16
-    configuration.leavesToWorkers = image.isServedByProcess
     var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove, .timeout]
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
     configuration.allowedOperations = operations
@@ -118,7 +117,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private mutating func prepare(_ slot: Int) {
     let state = unsafe slots + slot
     let tag = Kind.request << 32 | UInt64(slot)
-    let file = IOFile.descriptor(image.file.rawValue)
+    let file = image.isServedByProcess ? IOFile.descriptorOfWorkers(image.file.rawValue) : .descriptor(image.file.rawValue)
     let prepared: Bool
     switch unsafe state.pointee.step {
     case .control:

@@ -5,6 +5,9 @@ import Glibc
 @frozen public enum IOFile: Sendable {
   /// A descriptor of the process.
   case descriptor(CInt)
+  /// The same, left to a worker of the kernel without being tried in place first: for files whose file system takes its time where
+  /// it was asked not to.
+  case descriptorOfWorkers(CInt)
   /// An index into the files registered when the ring was made.
   case registered(UInt32)
 }
@@ -47,9 +50,12 @@ extension IORing {
     case .descriptor(let descriptor):
       number = descriptor
       entryFlags = 0
+    case .descriptorOfWorkers(let descriptor):
+      number = descriptor
+      entryFlags = 16  // IOSQE_ASYNC
     case .registered(let index):
       number = Int32(bitPattern: index)
-      entryFlags = registeredFlags  // IOSQE_FIXED_FILE, IOSQE_ASYNC
+      entryFlags = 1  // IOSQE_FIXED_FILE
     }
     // SAFETY: the masked index lies inside the entries' mapping, and the kernel reads no entry before `enter`.
     unsafe entries[Int(submissionTail & submissionMask)] = SubmissionEntry(

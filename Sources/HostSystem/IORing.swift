@@ -13,8 +13,6 @@ public struct IORing: ~Copyable {
   public let traits: Traits
 
   private let memory: RingMemory
-  @usableFromInline let registeredFlags: UInt8
-
   @usableFromInline let entries: UnsafeMutablePointer<SubmissionEntry>
   @usableFromInline let submissionHead: UnsafeMutableRawPointer
   @usableFromInline let submissionTailPointer: UnsafeMutableRawPointer
@@ -53,9 +51,6 @@ public struct IORing: ~Copyable {
     public var completionCapacity: Int
     /// Descriptors to register: entries name them as `.registered(index)`.
     public var files: [CInt] = []
-    /// What is asked of registered files goes to a kernel worker at once, without being tried in place first. For files whose
-    /// file system takes its time where it was asked not to.
-    public var leavesToWorkers = false
     /// The only operations this ring will ever do; nil for any.
     public var allowedOperations: [IOOperation]?
     /// Most kernel worker threads for operations that cannot be done without blocking; nil for the kernel's default.
@@ -77,13 +72,11 @@ public struct IORing: ~Copyable {
     traits.capacity = Int(parameters.sq_entries)
     let memory = try RingMemory(fd, parameters)
     try Self.register(configuration, ring: fd.rawValue)
-    self.init(
-      fd: fd, traits: traits, memory: memory, parameters: parameters, registeredFlags: configuration.leavesToWorkers ? 1 | 16 : 1)
+    self.init(fd: fd, traits: traits, memory: memory, parameters: parameters)
   }
 
-  private init(fd: consuming OwnedFD, traits: Traits, memory: RingMemory, parameters: io_uring_params, registeredFlags: UInt8) {
+  private init(fd: consuming OwnedFD, traits: Traits, memory: RingMemory, parameters: io_uring_params) {
     self.fd = fd
-    self.registeredFlags = registeredFlags
     self.traits = traits
     self.memory = memory
     // SAFETY: offsets are the kernel's own, inside the mappings it sized; the mappings live as long as this value.
@@ -153,7 +146,7 @@ public struct IORing: ~Copyable {
     // is forbidden.
     var restrictions = allowed.map { clinux_allow_operation($0.rawValue) }
     restrictions.append(clinux_allow_register(12))  // IORING_REGISTER_ENABLE_RINGS
-    restrictions.append(clinux_allow_flags(configuration.leavesToWorkers ? 1 | 16 : 1))  // IOSQE_FIXED_FILE, IOSQE_ASYNC
+    restrictions.append(clinux_allow_flags(1 | 16))  // IOSQE_FIXED_FILE, IOSQE_ASYNC
     let count = UInt32(restrictions.count)
     // SAFETY: the array lives for the call and has `count` entries.
     let result = unsafe restrictions.withUnsafeMutableBytes {
