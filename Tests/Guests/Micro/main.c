@@ -3,7 +3,7 @@
 //   test=A,B,...   which tests, in this order (see the table below); default boot
 //   end=off|hang   power off when done (default), or stop all work with interrupts off
 // Further options belong to single tests and are explained there.
-#include "micro.h"
+#include "virtio.h"
 
 static const struct {
   const char *name;
@@ -65,6 +65,9 @@ _Noreturn void micro_main(void) {
   machine_read();
   for (u32 i = 0; machine.command_line && i < sizeof command_line - 1; i++)
     if (!(command_line[i] = *(char *)(machine.command_line + i))) break;
+  // What a machine without firmware tables does not say.
+  if (!machine.ecam) machine.ecam = option_number("ecam", 0);
+  if (option("bars")) pci_assign(option_number("bars", 0));
 
   // The time stamp counter at the very first instruction, and at the first one at CPL 3.
   print("MICRO start ok path %s first %lu tsc %lu khz %lu\n", boot_path == 1 ? "pvh" : "linux64", first_tsc, user_tsc,

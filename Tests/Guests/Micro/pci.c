@@ -84,6 +84,20 @@ void pci_set_bar(u32 function, u32 index, u64 address) {
   pci_write(function, 4, 2, command | 2);
 }
 
+// Gives memory BARs that have no address one, from `next` on: for machines whose firmware leaves that to the kernel.
+void pci_assign(u64 next) {
+  for (u32 f = next_function(PCI_NONE); f != PCI_NONE; f = next_function(f))
+    for (u32 index = 0; index < 6; index++) {
+      struct bar b = pci_bar(f, index);
+      if (b.memory && b.size && !b.address) {
+        next = (next + b.size - 1) & ~(b.size - 1);
+        pci_set_bar(f, index, next);
+        next += b.size;
+      }
+      index += b.wide;
+    }
+}
+
 // Each register read as one dword, two words and four bytes, and by the other mechanism, must be the same bytes.
 static u32 width_differences(u32 function) {
   u32 differences = 0;

@@ -13,6 +13,7 @@ u32 pci_capability(u32 function, u32 id, u32 after);             // offset, 0 wh
 struct bar { u64 address, size; bool memory, wide; };
 struct bar pci_bar(u32 function, u32 index);                     // sizes it, with decoding off meanwhile
 void pci_set_bar(u32 function, u32 index, u64 address);
+void pci_assign(u64 next);                                       // memory BARs without an address get one
 
 // ---- msix.c
 struct msix { u32 function, capability, size; u64 table, pending; };

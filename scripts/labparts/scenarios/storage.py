@@ -1,7 +1,9 @@
 """Storage under load: verified I/O over queue layouts, file systems, holes, failing storage, resizing."""
 
 import os
+import signal
 import subprocess
+import time
 
 from . import TOOLS, Disk, Failure, Skip, command, scenario
 
@@ -166,23 +168,34 @@ vd=/dev/$(disk fs)
 succeeds mkfs {mkfs} $vd
 mkdir -p /mnt
 succeeds mount mount -t {kind} $vd /mnt
+# What fsstress does, in a shell: files and directories made, written at odd places, cut, linked, renamed, removed, synced, by several at once.
 work() {{
-  i=0
-  mkdir /mnt/$1
-  while [ $i -lt 60 ]; do
-    dd if=/dev/urandom of=/mnt/$1/f$i bs=$((i % 7 + 1))k count=$((i + 1)) 2>/dev/null
-    [ $((i % 3)) = 0 ] && mv /mnt/$1/f$i /mnt/$1/g$i
-    [ $((i % 5)) = 0 ] && rm -f /mnt/$1/f$((i - 1))
-    [ $((i % 4)) = 0 ] && sync
+  d=/mnt/$1
+  mkdir -p $d
+  seed=$2 i=0
+  while [ $i -lt 150 ]; do
+    seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
+    f=$d/f$((seed / 16 % 24)) g=$d/g$((seed / 512 % 24))
+    case $((seed / 65536 % 11)) in
+      0 | 1 | 2) dd if=/dev/urandom of=$f bs=$((seed % 7000 + 1)) count=$((i % 40 + 1)) 2>/dev/null ;;
+      3) dd if=/dev/urandom of=$f bs=777 seek=$((seed % 400)) count=9 conv=notrunc 2>/dev/null ;;
+      4) mv -f $f $g 2>/dev/null ;;
+      5) ln -f $f $g.link 2>/dev/null ;;
+      6) ln -sf $f $g.symbolic ;;
+      7) rm -f $g $f.link ;;
+      8) mkdir -p $d/dir$((seed % 9))/deep && cp $f $d/dir$((seed % 9))/deep/ 2>/dev/null ;;
+      9) rm -rf $d/dir$((seed % 9)); truncate -s $((seed % 90000)) $f 2>/dev/null || dd if=/dev/null of=$f bs=1 seek=$((seed % 90000)) 2>/dev/null ;;
+      10) [ $((i % 3)) = 0 ] && sync ;;
+    esac
     i=$((i + 1))
   done
 }}
-work a & work b & work c &
+work a 1 & work b 22 & work c 333 &
 wait
 succeeds trim tool fstrim /mnt
 sync
 echo 3 >/proc/sys/vm/drop_caches
-succeeds reread sh -c 'cat /mnt/*/* >/dev/null'
+succeeds reread sh -c 'find /mnt -type f -exec cat {{}} + >/dev/null'
 succeeds umount umount /mnt
 """
 
@@ -195,3 +208,33 @@ def disk_filesystems(trial):
         trial.run(TOOLS + LOAD.format(mkfs=mkfs, kind=kind), "mkfs mount trim reread umount", 110, disks=[Disk(image, serial="fs"), trial.tools()],
                   cpus=2)
         command(*check, str(image))
+
+
+KILLED = """
+vd=/dev/$(disk work)
+echo MARTLET-READY
+succeeds fio tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --ioengine=libaio --direct=1 --iodepth=16 --size=12m --time_based --runtime=45 \\
+  --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=200 --thread --eta=never
+"""
+
+
+@scenario("the disk's process is killed every second while fio verifies what it reads", 240)
+def disk_killed(trial):
+    trial.only_martlet()
+    image = trial.image("work", 16 << 20)
+    kills = 0
+
+    def kill_it(running):
+        nonlocal kills
+        running.wait_for("MARTLET-READY", 100)
+        while b"MARTLET-CHECK fio" not in running.output and running.process.poll() is None:
+            victim = trial.martlet.processes(running).get("blk0")
+            if victim:
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+            time.sleep(1)
+
+    trial.run(TOOLS + KILLED, "fio", 230, disks=[Disk(image, serial="work", keys=",restart-limit=1000"), trial.tools()], cpus=2, meanwhile=kill_it)
+    if kills < 10:
+        raise Failure(f"only {kills} kills fell into the load")
+    return f"{kills} kills"
