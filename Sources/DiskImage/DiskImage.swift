@@ -134,7 +134,7 @@ package final class DiskImage: Sendable {
   package func claim() throws(DiskImageError) {
     guard !hasLock.load(ordering: .relaxed) else { return }
     let result = clinux_ofd_lock(file.rawValue, CInt(isReadOnly ? F_RDLCK : F_WRLCK))
-    if result == -EAGAIN || result == -EACCES { throw .inUse(name) }
+    if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
     if result < 0 { throw .cannotOpen(name, Errno(-result)) }
     hasLock.store(true, ordering: .relaxed)
   }
