@@ -187,6 +187,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
           size: size, descriptors: GuestAddress(layout.descriptorTable), driver: GuestAddress(layout.availableRing),
           device: GuestAddress(layout.usedRing), features: features, base: VringBase(rawValue: base)),
         memory: memory, inflight: record)
+      rings[index].ports.counters[.replays].add(UInt64(ring.replayCount))
       if ring.replayCount > 0 { Log.info("Queue \(index): \(ring.replayCount) requests were in flight and are done again") }
       return ring
     } catch {

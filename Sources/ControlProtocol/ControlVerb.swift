@@ -5,7 +5,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case reboot, shutdown
   case stats
   case resizeDisk = "resize-disk"
-  case events
+  case events, conversation
   case add, remove
   case replace, upgrade
 
@@ -24,6 +24,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .replace: "another back end takes over under the running guest; the options follow below"
     case .upgrade: "the installed programs take over, device by device"
     case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
+    case .conversation: "the latest messages to and from a device's back end, or the one it lost, for martlet probe decode"
     case .events: "what happened to the devices, with times; with --follow also what will; with --json a line for each"
     }
   }
@@ -36,6 +37,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .events: ["--follow"]
     case .add: ["KIND", "KEY=VALUE,..."]
     case .remove: ["DEVICE", "--force", "--timeout MS"]
+    case .conversation: ["DEVICE"]
     case .replace: ["DEVICE", "OPTION ...", "-- PROGRAM ARGUMENT ..."]
     default: []
     }
@@ -44,7 +46,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   package var neededArguments: Int {
     switch self {
     case .add: 2
-    case .resizeDisk, .remove, .replace: 1
+    case .resizeDisk, .remove, .conversation, .replace: 1
     default: 0
     }
   }

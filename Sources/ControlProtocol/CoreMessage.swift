@@ -21,6 +21,9 @@ package enum CoreMessage: Equatable, Sendable {
   case plugged(slot: UInt8)
   /// A device is gone: off the bus, its rings stopped, its connection closed. Asked for, or by the guest's own wish.
   case unplugged(id: String)
+  /// Answer to `conversation`; also a report, when a back end has been lost: what was said to and by it lately, as a recording
+  /// (`docs/probe.md`).
+  case conversation(id: String, text: String)
   /// The guest did something that concerns the outside.
   case guest(GuestEvent)
   /// The core cannot go on and exits after this message; one sentence says why.
@@ -152,10 +155,16 @@ package struct DeviceReport: Equatable, Sendable {
   package struct Queue: Equatable, Sendable {
     package var size: UInt16
     package var isEnabled: Bool
+    /// `CLOCK_MONOTONIC` in nanoseconds: since then at least nothing was answered, though something waits. 0: nothing waits.
+    package var waitingSince: UInt64
+    /// How many requests wait; 0 when the ring does not tell.
+    package var waitingCount: UInt16
 
-    package init(size: UInt16, isEnabled: Bool) {
+    package init(size: UInt16, isEnabled: Bool, waitingSince: UInt64 = 0, waitingCount: UInt16 = 0) {
       self.size = size
       self.isEnabled = isEnabled
+      self.waitingSince = waitingSince
+      self.waitingCount = waitingCount
     }
   }
 
@@ -182,8 +191,11 @@ package struct DeviceReport: Equatable, Sendable {
 }
 
 extension CoreMessage {
+  /// Bytes of a conversation.
+  private static let conversationLimit = 15_500
+
   private enum Kind: UInt16 {
-    case ready = 0x8001, started, done, refused, information, device, guest, failed, plugged, unplugged
+    case ready = 0x8001, started, done, refused, information, device, guest, failed, plugged, unplugged, conversation
     case examined = 0x8020
   }
 
@@ -200,6 +212,7 @@ extension CoreMessage {
     case .examined: .examined
     case .plugged: .plugged
     case .unplugged: .unplugged
+    case .conversation: .conversation
     }
   }
 
@@ -228,8 +241,13 @@ extension CoreMessage {
       writer.list(report.queues) { writer, queue in
         writer.number(queue.size)
         writer.flag(queue.isEnabled)
+        writer.number(queue.waitingSince)
+        writer.number(queue.waitingCount)
       }
       writer.text(report.reason, limit: 1024)
+    case .conversation(let id, let text):
+      writer.text(id)
+      writer.text(text, limit: Self.conversationLimit)
     case .guest(let event): writer.number(event.rawValue)
     case .plugged(let slot): writer.number(slot)
     case .unplugged(let id): writer.text(id)
@@ -264,6 +282,8 @@ extension CoreMessage {
     case .refused: message = .refused(try reader.text("sentence", limit: 1024))
     case .information: message = .information(try VMInformation(from: &reader))
     case .device: message = .device(try DeviceReport(from: &reader))
+    case .conversation:
+      message = .conversation(id: try reader.identifier(), text: try reader.text("text", limit: conversationLimit))
     case .guest:
       guard let event = GuestEvent(rawValue: try reader.number()) else { throw .badField("event") }
       message = .guest(event)
@@ -308,7 +328,9 @@ extension DeviceReport {
     protocolFeatures = try reader.number()
     id = try reader.identifier()
     queues = try reader.list("queues", limit: VMConfiguration.Limits.queues) { reader throws(MessageError) in
-      Queue(size: try reader.number(), isEnabled: try reader.flag("enabled"))
+      Queue(
+        size: try reader.number(), isEnabled: try reader.flag("enabled"), waitingSince: try reader.number(),
+        waitingCount: try reader.number())
     }
     reason = try reader.text("reason", limit: 1024)
   }

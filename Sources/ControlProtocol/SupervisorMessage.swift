@@ -42,6 +42,10 @@ package enum SupervisorMessage: Equatable, Sendable {
   /// The guest is to let go of a device; by force: the device goes, and the guest is told. Answered by `done` when nothing of
   /// it is left, however long the guest takes, or by `refused`.
   case unplug(id: String, isForced: Bool)
+  /// See how far the rings of all devices are; what has changed is reported. Answered by `done` behind the reports.
+  case look
+  /// What was said to and by a device's back end lately. Answered by `conversation`.
+  case conversation(id: String)
 
   /// The platform's byte streams.
   package enum StreamKind: UInt8, Equatable, Sendable {
@@ -120,12 +124,15 @@ extension SupervisorMessage {
     switch self {
     case .configure(let configuration): configuration.hasInitramfs ? 3 : 2
     case .device, .stream, .reattach, .examine: 1
-    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp, .exchange, .forget, .unplug: 0
+    case .start, .pause, .resume, .powerButton, .reboot, .shutdown, .information, .giveUp, .exchange, .forget, .unplug, .look,
+      .conversation:
+      0
     }
   }
 
   private enum Kind: UInt16 {
-    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp, unplug
+    case configure = 1, device, stream, start, pause, resume, powerButton, reboot, shutdown, information, reattach, giveUp, unplug,
+      look, conversation
     case examine = 20
     case exchange, forget
   }
@@ -148,6 +155,8 @@ extension SupervisorMessage {
     case .exchange: .exchange
     case .forget: .forget
     case .unplug: .unplug
+    case .look: .look
+    case .conversation: .conversation
     }
   }
 
@@ -176,7 +185,7 @@ extension SupervisorMessage {
       writer.list(device.configuration) { $0.number($1) }
       writer.flag(device.isReplaceable)
     case .stream(let stream): writer.number(stream.rawValue)
-    case .reattach(let id), .giveUp(let id), .examine(let id), .forget(let id): writer.text(id)
+    case .reattach(let id), .giveUp(let id), .conversation(let id), .examine(let id), .forget(let id): writer.text(id)
     case .exchange(let id, let drain):
       writer.text(id)
       writer.number(drain)
@@ -184,7 +193,7 @@ extension SupervisorMessage {
       writer.text(id)
       writer.flag(isForced)
     case .start(let deviceCount): writer.number(deviceCount)
-    case .pause, .resume, .powerButton, .reboot, .shutdown, .information: break
+    case .pause, .resume, .powerButton, .reboot, .shutdown, .information, .look: break
     }
     return writer.bytes
   }
@@ -224,6 +233,8 @@ extension SupervisorMessage {
       message = .exchange(id: id, drain: drain)
     case .forget: message = .forget(id: try reader.identifier())
     case .unplug: message = .unplug(id: try reader.identifier(), isForced: try reader.flag("isForced"))
+    case .look: message = .look
+    case .conversation: message = .conversation(id: try reader.identifier())
     }
     try reader.finish()
     try header.checkDescriptors(expected: message.descriptorCount, received: descriptorCount)

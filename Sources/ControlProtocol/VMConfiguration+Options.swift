@@ -63,9 +63,13 @@ extension VMConfiguration {
     KeyDescription("spare", "on|off", "a second process waits to take over, for some 0.5 MiB of memory; off when left out")
   ]
 
+  private static let waitKey = KeyDescription(
+    "wait", "SECONDS", "how long to wait for the socket; at the start not at all, later for ever when left out")
+
   private static let vhostUserKeys = [
     KeyDescription("vhost_user", "on|off", "served by a back end of somebody else's"),
     KeyDescription("socket", "PATH", "listening socket of that back end, started by hand"),
+    waitKey,
     KeyDescription("program", "\"WORD ...\"", "or: the back end to start, in a jail; {listen}, {fd} or {socket} in it"),
     KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
   ]
@@ -214,6 +218,7 @@ extension VMConfiguration {
         keys: [
           KeyDescription("tag", "NAME", required: true, "what the guest mounts it by, at most \(Limits.tag) bytes"),
           KeyDescription("socket", "PATH", required: true, "listening socket of the file system daemon (virtiofsd)"),
+          waitKey,
           KeyDescription("id", "NAME", "name of the device; fs0, fs1, ... when left out"),
           KeyDescription("num_queues", "N", "request queues; one when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue; 1024 when left out"),
@@ -249,15 +254,17 @@ extension VMConfiguration {
     },
     Option(
       "generic-vhost-user",
-      .list(keys: [
-        KeyDescription("socket", "PATH", "listening socket of the back end, started by hand"),
-        KeyDescription("program", "\"WORD ...\"", "or: the back end to start, in a jail; {listen}, {fd} or {socket} in it"),
-        KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
-        KeyDescription("path", "FILE|DIRECTORY", "what that program serves; {path} in it and in the profile"),
-        KeyDescription("device_type", "NAME|ID", required: true, "virtio device type, such as fs or 26"),
-        KeyDescription("queue_sizes", "[N,...]", required: true, "descriptors of each queue"),
-        KeyDescription("id", "NAME", "name of the device"),
-      ]), .many, group: "Devices", summary: "any virtio device behind a vhost-user socket",
+      .list(
+        keys: [
+          KeyDescription("socket", "PATH", "listening socket of the back end, started by hand"),
+          waitKey,
+          KeyDescription("program", "\"WORD ...\"", "or: the back end to start, in a jail; {listen}, {fd} or {socket} in it"),
+          KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
+          KeyDescription("path", "FILE|DIRECTORY", "what that program serves; {path} in it and in the profile"),
+          KeyDescription("device_type", "NAME|ID", required: true, "virtio device type, such as fs or 26"),
+          KeyDescription("queue_sizes", "[N,...]", required: true, "descriptors of each queue"),
+          KeyDescription("id", "NAME", "name of the device"),
+        ] + deathKeys), .many, group: "Devices", summary: "any virtio device behind a vhost-user socket",
       example: "--generic-vhost-user socket=fs.sock,device_type=fs,queue_sizes=[128,128]"
     ) { (draft, values) throws(ConfigurationError) in
       let typeText = try values.required("device_type")
@@ -274,7 +281,8 @@ extension VMConfiguration {
       guard values.has(key: "socket") || values.has(key: "program") else {
         throw .missingKey(option: values.option, key: "socket", example: values.example)
       }
-      let generic = GenericVhostUser(id: "", source: try values.externalSource(), deviceType: type, queueSizes: sizes)
+      let generic = GenericVhostUser(
+        id: "", source: try values.externalSource(), deviceType: type, queueSizes: sizes, death: try values.deathPolicy())
       draft.add(.generic(generic), id: try values.id(), option: values.option)
     },
   ]
@@ -360,6 +368,14 @@ extension VMConfiguration {
       draft.result.control = values.text
     },
     Option(
+      "flight-recorder", .text("DIRECTORY"), group: "Running",
+      summary: "a lost back end's last messages go into a file there (martlet probe decode)",
+      example: "--flight-recorder /var/log/martlet"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isPath(values.text) else { throw values.badText("a path of 1 to 4095 bytes") }
+      draft.result.flightRecorder = values.text
+    },
+    Option(
       "deadline",
       .list(keys: [
         KeyDescription("ready", "MS", "from the start of a process to its READY; 5000 when left out"),
@@ -408,6 +424,10 @@ extension OptionValues {
       policy.action = action
     }
     if let limit = try number("restart-limit", in: 0...100_000) { policy.limit = Int(limit) }
+    if let seconds = try number("wait", in: 0...86_400) {
+      guard has(key: "socket") else { throw bad("wait", "a back end at a socket; leave it out") }
+      policy.patience = seconds * 1000
+    }
     policy.hasSpare = try onOff("spare", default: false)
     if policy.hasSpare, policy.action != .restart { throw bad("spare", "on-death=restart beside it, or off") }
     return policy

@@ -47,6 +47,8 @@ package struct VMConfiguration: Equatable, Sendable {
     package var limit = 5
     /// A process waits beside the one that serves, to take over.
     package var hasSpare = false
+    /// Of a back end at a socket, in milliseconds: how long it is waited for. Nil: not at all at the start, for ever later.
+    package var patience: UInt64?
   }
 
   /// A back end of somebody else's that the supervisor starts, in a jail.
@@ -149,6 +151,7 @@ package struct VMConfiguration: Equatable, Sendable {
     package var source: External
     package var deviceType: DeviceID
     package var queueSizes: [UInt16]
+    package var death = DeathPolicy()
   }
 
   /// Where the bytes of a console or of the serial port go on the host.
@@ -211,6 +214,8 @@ package struct VMConfiguration: Equatable, Sendable {
   package var serial: Terminal = .null
   /// Socket path for `martlet ctl`.
   package var control: String?
+  /// Directory for recordings of conversations with back ends that were lost.
+  package var flightRecorder: String?
   package var restartsOnReset = true
   package var deadlines = Deadlines()
   /// nil: not said.
@@ -250,6 +255,7 @@ package struct VMConfiguration: Equatable, Sendable {
     for fileSystem in fileSystems where fileSystem.id == id { return fileSystem.death }
     if let entropy, entropy.id == id { return entropy.death }
     for console in consoles where console.id == id { return console.death }
+    for generic in generics where generic.id == id { return generic.death }
     return DeathPolicy()
   }
 

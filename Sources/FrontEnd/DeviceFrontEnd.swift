@@ -98,6 +98,10 @@ package final class DeviceFrontEnd {
   /// Features that the guest is not shown whoever has them.
   package var hiddenFeatures: FeatureSet = []
   let memory: SharedGuestMemory
+  /// Rings whose progress is looked at.
+  var watches: [QueueWatch] = []
+  /// What is watched depends on what the device is.
+  private let deviceType: DeviceID
   var host: (any DeviceHost)?
   var events: [Event] = []
 
@@ -136,8 +140,10 @@ package final class DeviceFrontEnd {
 
   /// - Parameter configuration: what to ask of the back end. Features this side cannot carry are removed from it.
   package init(
-    name: String, _ socket: consuming OwnedFD, _ configuration: FrontEndConfiguration, _ memory: SharedGuestMemory
+    name: String, _ deviceType: DeviceID, _ socket: consuming OwnedFD, _ configuration: FrontEndConfiguration,
+    _ memory: SharedGuestMemory
   ) throws(VhostUserError) {
+    self.deviceType = deviceType
     self.name = name
     self.memory = memory
     var configuration = configuration
@@ -159,6 +165,9 @@ package final class DeviceFrontEnd {
   package var deadline: MonotonicTime? { [session?.deadline, candidate?.deadline, drainDeadline].compactMap { $0 }.min() }
   /// While there is a back end that might take over.
   package var candidateNumber: CInt? { candidate?.socketNumber }
+
+  /// What was said to and by the present back end lately, as a recording; empty without one.
+  package var conversation: String { session?.recorder.text ?? "" }
 
   /// Closes the connection to a back end that is lost. Not before its descriptors are out of the event loop: their numbers
   /// may come again at once.
@@ -295,6 +304,7 @@ package final class DeviceFrontEnd {
       usedRings[queue.index] = queue.device
     }
     activeQueues = vrings.map(\.index)
+    watches = activation.queues.compactMap { QueueWatch($0, activation.features, of: deviceType) }
     calls = [:]
     hasRun = false
     guard !vrings.isEmpty else {
@@ -337,6 +347,7 @@ package final class DeviceFrontEnd {
     calls = [:]
     writes.removeAll()
     activeQueues = []
+    watches = []
     activation = nil
     hasRun = false
     isRestoring = false

@@ -10,6 +10,8 @@ package protocol DeviceHost {
   func call(ofVector vector: Int) -> SharedDescriptor?
   /// The used index of a split ring whose used ring is there in guest memory; nil when that is not memory.
   func usedIndex(ofUsedRing address: UInt64) -> UInt16?
+  /// Two bytes of guest memory, little-endian; nil where there is no memory.
+  func word(at address: UInt64) -> UInt16?
   /// Changes the registers the guest sees, and carries out what follows from it.
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect])
 }

@@ -34,6 +34,8 @@ public enum QueueStatistics {
     /// Times that requests had to wait for a rate limit.
     case throttles
     case flushes
+    /// Requests that a process before had in flight when it ended, and that were begun again.
+    case replays
   }
 
   /// Latencies from taking a request to its answer, by kind.

@@ -69,6 +69,8 @@ extension Core {
         case .ready: watchChannel(device)
         case .channelClosed: stopWatchingChannel(device)
         case .lost(let error), .detached(let error):
+          let text = device.frontEnd.conversation
+          if !text.isEmpty { channel.send(.conversation(id: device.assignment.id, text: text)) }
           // The supervisor tells the person, from the report or the failure that follows.
           device.reason = "\(error)"
           Log.info("Device \(device.assignment.id): \(error)")
@@ -110,6 +112,16 @@ extension Core {
       device.lastReport = report
       channel.send(.device(report))
     }
+  }
+
+  private static let lookInterval = Duration.seconds(1)
+
+  /// Sees where the rings stand. As long as something waits in one it is looked again every second, else only when asked: a
+  /// guest that sleeps shall not wake this thread.
+  func lookAtQueues(_ now: MonotonicTime) {
+    var waits = false
+    for device in devices where device.frontEnd.look(now: now) { waits = true }
+    nextLook = waits ? now.advanced(by: Self.lookInterval) : nil
   }
 
   // MARK: reset in place

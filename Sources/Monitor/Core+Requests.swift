@@ -35,6 +35,15 @@ extension Core {
     case .information: answer(.information(information), sequence)
     case .unplug(let id, let isForced): unplug(id, isForced, sequence)
     case .reattach(let id): reattach(id, sequence, &descriptors)
+    case .look:
+      lookAtQueues(.now)
+      reportDevices()
+      answer(.done, sequence)
+    case .conversation(let id):
+      guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
+      let text = device.frontEnd.conversation
+      guard !text.isEmpty else { return refuse("Device \(id) has no back end now", sequence) }
+      answer(.conversation(id: id, text: text), sequence)
     case .giveUp(let id):
       guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
       device.frontEnd.giveUp()

@@ -43,6 +43,8 @@ final class Core {
   var pausedClock: UInt64?
   /// The state to return to after a reset.
   var exitCode: Int32?
+  /// When to look at the rings again; nil while nothing waits in them, as far as is known.
+  var nextLook: MonotonicTime?
   /// Devices are being stopped for the end, until then.
   var endDeadline: MonotonicTime?
   var endSequence: UInt32?
@@ -99,6 +101,7 @@ final class Core {
       for device in devices where device.frontEnd.deadline.map({ $0 <= now }) ?? false {
         device.frontEnd.handleTimeout(now: now)
       }
+      if let time = nextLook, time <= now { lookAtQueues(now) }
       if let endDeadline, endDeadline <= now { finishEnd() }
     case .device(let key), .deviceChannel(let key):
       devices.first { $0.key == key }?.frontEnd.receive(now: .now)
@@ -120,6 +123,7 @@ final class Core {
 
   private func armTimer() {
     var deadline = endDeadline
+    if let nextLook { deadline = min(deadline ?? nextLook, nextLook) }
     for device in devices {
       if let other = device.frontEnd.deadline { deadline = min(deadline ?? other, other) }
     }

@@ -52,7 +52,7 @@ final class CoreDevice {
     configuration.timeouts.suspend = replyDeadline
     // Stopping a ring waits for requests in flight, which a slow disk may hold for long; never shorter than the others.
     configuration.timeouts.drain = max(replyDeadline, configuration.timeouts.drain)
-    frontEnd = try DeviceFrontEnd(name: assignment.id, socket, configuration, memory)
+    frontEnd = try DeviceFrontEnd(name: assignment.id, assignment.deviceType, socket, configuration, memory)
   }
 
   /// Bytes of configuration space to ask a back end for: back ends refuse more than their structure has.
@@ -138,7 +138,10 @@ final class CoreDevice {
       }
     let active = Set(frontEnd.activeQueues)
     let queues = assignment.queueSizes.enumerated().map { index, size in
-      DeviceReport.Queue(size: function?.state.queues[index].size ?? size, isEnabled: active.contains(index))
+      let wait = frontEnd.wait(ofQueue: index)
+      return DeviceReport.Queue(
+        size: function?.state.queues[index].size ?? size, isEnabled: active.contains(index), waitingSince: wait?.since.nanoseconds ?? 0,
+        waitingCount: wait?.count ?? 0)
     }
     var features = frontEnd.driverFeatures
     if features.isEmpty { features = function?.state.offered ?? frontEnd.offer?.features ?? [] }
@@ -166,6 +169,8 @@ struct MachineDeviceHost: DeviceHost {
   func usedIndex(ofUsedRing address: UInt64) -> UInt16? {
     memory.load(UInt16.self, at: GuestAddress(address &+ UInt64(SplitRing.usedIndexOffset)))
   }
+
+  func word(at address: UInt64) -> UInt16? { memory.load(UInt16.self, at: GuestAddress(address)) }
 
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) {
     machine.updateDevice(index) { function in

@@ -209,6 +209,18 @@ struct Link: ~Copyable {
     try send(.setMemTable(RegionTable(regions: arena.descriptions)), descriptors: arena.descriptors)
   }
 
+  /// An area in which the back end records what is in flight, as a front end that can replace it gives it one.
+  mutating func shareInflightArea(queueCount: Int, queueSize: Int) throws(ProbeError) {
+    guard agreed.contains(.inflightShmFD) else { throw .unsuitable("The back end does not offer INFLIGHT_SHMFD") }
+    for index in 0..<queueCount { try send(.setVringNum(VringState(index: UInt32(index), number: UInt32(queueSize)))) }
+    var answered = try perform(
+      .getInflightFD(InflightDescription(queueCount: UInt16(queueCount), queueSize: UInt16(queueSize))))
+    guard case .inflight(let area) = answered.reply, let fd = answered.descriptors.takeFirst() else {
+      throw .unsuitable("The back end gives no area for requests in flight")
+    }
+    try send(.setInflightFD(area), descriptors: [fd.rawValue])
+  }
+
   /// Everything a ring needs, its kick last, then enabled.
   mutating func start(_ ring: borrowing ProbeRing, base: UInt32? = nil) throws(ProbeError) {
     try describe(ring, base: base)

@@ -15,7 +15,7 @@ import HostSystem
 
 /// The program.
 package enum ProbeProgram {
-  package static let verbs: [Verb] = [.info, .check, .faults, .verify, .bench, .bridge, .record, .replay]
+  package static let verbs: [Verb] = [.info, .check, .faults, .verify, .bench, .bridge, .record, .replay, .decode]
 
   /// Runs the program with the process's arguments; returns its exit code.
   package static func run(_ arguments: [String]) -> CInt {

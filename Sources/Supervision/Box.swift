@@ -34,6 +34,14 @@ final class FDBox {
     }
   }
 
+  /// Writes all of it; false when that fails.
+  func write(_ bytes: [UInt8]) -> Bool {
+    switch fd {
+    case .some(let fd): (try? fd.writeAll(bytes)) != nil
+    case .none: false
+    }
+  }
+
   /// Closes it.
   func close() { _ = fd.take() }
 }

@@ -71,6 +71,8 @@ final class DeviceCare {
   /// When it came into service again last, and how often that did not last.
   private var servedTime: MonotonicTime?
   private var shortServices = 0
+  /// As the device's processes have counted them so far.
+  var replayCount: UInt64 = 0
   /// Within the last minute.
   private var deaths: [MonotonicTime] = []
   /// Since the device was served last.
@@ -81,6 +83,9 @@ final class DeviceCare {
   private static let window = Duration.seconds(60)
   private static let firstDelay = Duration.milliseconds(50)
   private static let longestDelay = Duration.seconds(5)
+  /// How often a socket is tried: often at first, when a back end is just being started again.
+  static let eagerInterval = Duration.milliseconds(10)
+  static let eagerTime = Duration.seconds(2)
   static let connectInterval = Duration.milliseconds(100)
   static let fenceInterval = Duration.milliseconds(1)
   private static let longestSpareDelay = Duration.seconds(60)

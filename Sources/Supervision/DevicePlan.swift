@@ -46,6 +46,8 @@ struct DevicePlanner {
   let guardian: TerminalGuard
   /// What this host has for jails; asked only when there is one.
   let host: () -> HostWalls
+  /// Waits so long; false when a signal asks for the end.
+  let pause: (Duration) -> Bool
   /// Lines for the person, such as the path of a pseudo-terminal.
   private(set) var announcements: [String] = []
   private var nextSlot: UInt8 = 1
@@ -54,10 +56,12 @@ struct DevicePlanner {
   private let claims: ImageClaims
 
   init(
-    configuration: VMConfiguration, guardian: TerminalGuard, claims: ImageClaims, host: @escaping () -> HostWalls, opened: [FDBox]? = nil
+    configuration: VMConfiguration, guardian: TerminalGuard, claims: ImageClaims, host: @escaping () -> HostWalls, opened: [FDBox]? = nil,
+    pause: @escaping (Duration) -> Bool = { _ in false }
   ) {
     self.claims = claims
     self.opened = opened
+    self.pause = pause
     self.configuration = configuration
     self.guardian = guardian
     self.host = host
@@ -208,12 +212,17 @@ struct DevicePlanner {
       let host = opened == nil ? host() : nil
       return .jailed(try JailedDevice(program, id: id, vm: configuration.name, host: host))
     }
-    let deadline = Duration.milliseconds(configuration.deadlines.connect)
+    let timeout = Duration.milliseconds(configuration.deadlines.connect)
+    let end = MonotonicTime.now.advanced(by: .milliseconds(Int64(configuration.deathPolicy(of: id).patience ?? 0)))
+    let pause = pause
     let socket = try open { () throws(SupervisionError) in
-      try attempt { () throws(SystemError) in
-        try UnixSocket.connect(to: path, timeout: deadline)
-      } or: {
-        .backendSocket(device: id, path: path, $0.errno)
+      // Until the time is over.
+      while true {
+        do throws(SystemError) { return try UnixSocket.connect(to: path, timeout: timeout) } catch {
+          guard error.errno == .noEntry || error.errno == .connectionRefused, .now < end, pause(.milliseconds(20)) else {
+            throw .backendSocket(device: id, path: path, error.errno)
+          }
+        }
       }
     }
     return .external(socket)

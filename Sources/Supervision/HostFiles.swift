@@ -170,6 +170,15 @@ enum HostFiles {
     }
   }
 
+  /// A directory in which files can be made.
+  static func checkDirectory(_ path: String, what: String) throws(SupervisionError) {
+    guard try examine(try open(path, pathOnly, what: what)).kind == .directory else {
+      throw .wrongKind(what: what, path: path, wants: "a directory")
+    }
+    // SAFETY: a NUL-terminated copy that lives for the call.
+    guard unsafe access(path, W_OK | X_OK) == 0 else { throw .file(what: what, path: path, Errno.current) }
+  }
+
   /// The output of a console: appended to, made if missing.
   static func consoleFile(_ path: String, option: String) throws(SupervisionError) -> OwnedFD {
     do {

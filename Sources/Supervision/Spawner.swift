@@ -11,7 +11,7 @@ import HostSystem
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy, startJailed, resize, order, forget, adopt, drop
+    case image, connect, tidy, startJailed, resize, order, forget, recording, adopt, drop
   }
 
   private enum Outcome: UInt8 {
@@ -86,6 +86,13 @@ final class Spawner {
 
   /// Gives the image of `id` a new length.
   func resize(_ id: String, to byteCount: UInt64) throws(SupervisionError) { _ = try ask(.resize, "\(id) \(byteCount)") }
+
+  /// The file for a recording of a device, emptied.
+  func recording(_ id: String, _ number: Int) throws(SupervisionError) -> FDBox {
+    let (_, _, received) = try ask(.recording, "\(id) \(number)")
+    guard let file = received.first else { throw Self.lost }
+    return file
+  }
 
   /// A connection to the external back end of `id`; nil while there is none to be had.
   func connect(_ id: String) -> FDBox? {
@@ -192,6 +199,10 @@ final class Spawner {
           let words = id.split(separator: " ").map(String.init)
           guard words.count == 2, let image = supervisor.cares[words[0]]?.image, let size = UInt64(words[1]) else { throw unknown(id) }
           try HostFiles.resize(image.path, to: size, disk: words[0], sameAs: image.status)
+        case .recording:
+          let words = id.split(separator: " ").map(String.init)
+          guard words.count == 2, let number = Int(words[1]) else { throw unknown(id) }
+          descriptors = [FDBox(try supervisor.recordingFile(words[0], number))]
         case .tidy: supervisor.guardian.tidy()
         case .order:
           guard let client = received.first?.take() else { throw unknown("") }

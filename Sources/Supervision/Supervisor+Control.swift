@@ -5,6 +5,8 @@ import VirtioSpec
 
 extension Supervisor {
   private static let answerDeadline = Duration.seconds(5)
+  /// For what is told also without the core's answer.
+  private static let lookDeadline = Duration.milliseconds(500)
 
   func acceptClients() {
     guard let control else { return }
@@ -46,7 +48,12 @@ extension Supervisor {
       return refuse(client, "An order that names files or programs is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
     case .upgrade: return refuse(client, "An upgrade is a replacement of one device after the other; martlet ctl asks for each")
     case .remove: return removeDevice(arguments, for: client)
-    case .devices: return reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
+    case .devices:
+      guard phase == .running else { return tellDevices(client) }
+      message = .look
+    case .conversation:
+      guard let message = askConversation(arguments[0], for: client) else { return }
+      return ask(message, verb, client, within: Self.answerDeadline, about: arguments[0])
     case .info: message = .information
     case .pause: message = .pause
     case .resume: message = .resume
@@ -58,9 +65,18 @@ extension Supervisor {
       if verb == .info { return reply(client, describeVM(nil)) }
       return refuse(client, phase == .starting ? "The VM is still starting; ask again" : "The VM is ending")
     }
-    guard case .sent(let sequence) = channel?.send(message) else { return refuse(client, "The core process takes no requests") }
-    pending.append(
-      PendingRequest(sequence: sequence, client: client, verb: verb, deadline: .now.advanced(by: Self.answerDeadline)))
+    ask(message, verb, client, within: verb == .devices ? Self.lookDeadline : Self.answerDeadline)
+  }
+
+  private func ask(_ message: SupervisorMessage, _ verb: ControlVerb, _ client: Int, within time: Duration, about device: String? = nil) {
+    guard case .sent(let sequence) = channel?.send(message) else {
+      return verb == .devices ? tellDevices(client) : refuse(client, "The core process takes no requests")
+    }
+    pending.append(PendingRequest(sequence: sequence, client: client, verb: verb, deadline: .now.advanced(by: time), device: device))
+  }
+
+  private func tellDevices(_ client: Int) {
+    reply(client, .record(["ok": .bool(true), "devices": .array(describeDevices())]))
   }
 
   /// The core has answered a request.
@@ -68,6 +84,10 @@ extension Supervisor {
     guard let index = pending.firstIndex(where: { $0.sequence == sequence }) else { return }
     let request = pending.remove(at: index)
     switch message {
+    case .conversation(_, let text): tell(text, to: request.client)
+    case .refused where request.verb == .conversation && conversations[request.device ?? ""] != nil:
+      tell(conversations[request.device ?? ""] ?? "", to: request.client)
+    case _ where request.verb == .devices: tellDevices(request.client)
     case .refused(let sentence): refuse(request.client, sentence)
     case .information(let information): reply(request.client, describeVM(information))
     default: reply(request.client, .record(["ok": .bool(true)]))
@@ -77,6 +97,10 @@ extension Supervisor {
   func expireRequests(_ now: MonotonicTime) {
     while let index = pending.firstIndex(where: { $0.deadline <= now }) {
       let request = pending.remove(at: index)
+      if request.verb == .devices {
+        tellDevices(request.client)
+        continue
+      }
       refuse(request.client, request.lateAnswer ?? "The core process did not answer '\(request.verb.rawValue)' in time")
     }
   }
@@ -129,6 +153,16 @@ extension Supervisor {
     ]
   }
 
+  private static func describe(_ queue: DeviceReport.Queue) -> JSONValue {
+    var members: [JSONValue.Member] = [.init("size", .unsigned(UInt64(queue.size))), .init("enabled", .bool(queue.isEnabled))]
+    if queue.waitingSince > 0 {
+      let time = MonotonicTime.now.since(MonotonicTime(nanoseconds: queue.waitingSince))
+      members.append(.init("waiting_ns", .unsigned(UInt64(clamping: time.nanoseconds))))
+      members.append(.init("waiting", queue.waitingCount > 0 ? .unsigned(UInt64(queue.waitingCount)) : .null))
+    }
+    return .object(members)
+  }
+
   /// Every device, in the order of its PCI slot; external back ends have no pid of ours.
   private func describeDevices() -> [JSONValue] {
     assignments.map { assignment in
@@ -153,7 +187,7 @@ extension Supervisor {
       members.append(
         .init(
           "queues",
-          .array(queues.map { .record(["size": .unsigned(UInt64($0.size)), "enabled": .bool($0.isEnabled)]) })))
+          .array(queues.map(Self.describe))))
       let features = report?.features ?? []
       members.append(.init("features", .array(features.names(for: assignment.deviceType).map { .string($0) })))
       members.append(

@@ -184,6 +184,8 @@ extension Supervisor {
         answer(sequence, message)
       }
     case .unplugged(let id): deviceIsUnplugged(id)
+    case .conversation(let id, let text):
+      if sequence == 0 { keepConversation(id, text) } else { answer(sequence, message) }
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)
       if report.state == .connected || report.state == .active, old == nil || old?.state == .connecting { note(.connected, report.id) }

@@ -106,6 +106,10 @@ extension Supervisor {
     case .done:
       let gap = MonotonicTime.now.since(care.lostTime ?? .now)
       care.succeeded()
+      // Counted by the process, in memory, before it answered the core; what it says there is believed for show only.
+      let replays = statistics[care.id]?.queues.reduce(UInt64(0)) { $0 &+ $1[.replays] } ?? 0
+      if replays > care.replayCount { note(.replayed, care.id, "", ["requests": replays - care.replayCount]) }
+      care.replayCount = replays
       note(.restarted, care.id, "", ["gap_ns": UInt64(clamping: gap.nanoseconds), "restarts": UInt64(care.restartCount)])
       say(.info, "Device \(care.id) is served again, \(gap.nanoseconds / 1_000_000) ms after its back end was lost")
       if care.policy.hasSpare, care.spare == nil, care.spareDue == nil { care.spareDue = .now }

@@ -17,6 +17,7 @@ extension Supervisor {
   /// everything that can be missing has been found.
   func start() throws(SupervisionError) {
     try watch(signals.rawValue, .signals)
+    if let directory = configuration.flightRecorder { try HostFiles.checkDirectory(directory, what: "directory of --flight-recorder") }
     let kvm = try HostFiles.kvm()
     let null = try HostFiles.null()
     try startCore(null)
@@ -26,7 +27,9 @@ extension Supervisor {
     if let path = configuration.initramfs {
       initramfs = FDBox(try HostFiles.payload(path, what: "initramfs", memory: configuration.memorySize))
     }
-    var planner = DevicePlanner(configuration: configuration, guardian: guardian, claims: claims, host: { [self] in hostWalls() })
+    var planner = DevicePlanner(
+      configuration: configuration, guardian: guardian, claims: claims, host: { [self] in hostWalls() },
+      pause: { [self] time in (try? signals.waitUntil(.readable, timeout: time)) == false })
     let devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
     for device in devices {

@@ -64,6 +64,7 @@ extension Supervisor {
       ("requests", .requests), ("bytes_read", .bytesRead), ("bytes_written", .bytesWritten), ("flushes", .flushes),
       ("errors", .errors), ("kicks", .kicks), ("merged_kicks", .mergedKicks), ("calls", .calls), ("batches", .batches),
       ("sleeps", .sleeps), ("polls", .polls), ("throttles", .throttles),
+      ("replays", .replays),
     ]
     var members = [JSONValue.Member("queue", .unsigned(UInt64(queue.queue)))]
     for (name, word) in names { members.append(.init(name, .unsigned(queue[word]))) }

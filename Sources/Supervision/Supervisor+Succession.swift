@@ -28,7 +28,13 @@ extension Supervisor {
     switch care.kind {
     case .external(let path):
       guard let socket = connectAgain(care.id, path) else {
-        care.step = .due(now.advanced(by: DeviceCare.connectInterval))
+        let time = now.since(care.lostTime ?? now)
+        if let patience = care.policy.patience, time > .milliseconds(Int64(patience)) {
+          return giveUp(
+            care,
+            "No back end of \(care.id) has come to '\(path)' for \(patience / 1000) s; the guest is told that the device needs a reset")
+        }
+        care.step = .due(now.advanced(by: time < DeviceCare.eagerTime ? DeviceCare.eagerInterval : DeviceCare.connectInterval))
         return
       }
       return try reattach(care, socket)

@@ -113,6 +113,10 @@ package final class Supervisor {
 
   var control: ControlServer?
   var journal = EventJournal()
+  /// What was said to and by the latest back end that each device has lost.
+  var conversations: [String: String] = [:]
+  /// How many of them have been written.
+  var recordingCounts: [String: Int] = [:]
   var pending: [PendingRequest] = []
 
   /// Prepares to run; opens nothing of the guest's yet. Signals are blocked from here on.

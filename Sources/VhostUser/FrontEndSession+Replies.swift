@@ -4,6 +4,11 @@ import VirtioSpec
 extension FrontEndSession {
   /// Takes the answer to the outstanding request. The connection has checked number and flags.
   mutating func take(_ incoming: consuming IncomingMessage, _ now: MonotonicTime) throws(VhostUserError) {
+    // An area comes with its descriptor; no other answer does.
+    recorder.note(
+      .backEnd, incoming.header, incoming.payload,
+      incoming.descriptors.isEmpty ? [] : Array(repeating: "other", count: incoming.descriptors.count),
+      now)
     guard let request = outstanding.take() else { throw .unsolicited(request: incoming.header.request) }
     let reply = try Reply(request.expected, payload: incoming.payload)
     try reply.checkDescriptorCount(incoming.descriptors.count, request.expected)

@@ -94,6 +94,8 @@ public struct FrontEndSession: ~Copyable {
   var isUnacknowledged = false
   var events: [Event] = []
   public internal(set) var hasFailed = false
+  /// What was said lately.
+  public internal(set) var recorder = FlightRecorder()
 
   /// The first `GET_FEATURES` was answered; later ones are barriers.
   var sawFeatures = false
@@ -302,9 +304,12 @@ public struct FrontEndSession: ~Copyable {
     } else {
       isUnacknowledged = true
     }
+    let header = step.message.header(needsReply: acknowledges)
+    let payload = step.message.payload
+    recorder.note(.frontEnd, header, payload, step.message.attachmentKinds, now)
     if case .setVringKick = step.message { hasBegunRings = true }
     try connection.send(
-      step.message.header(needsReply: acknowledges), step.message.payload,
+      header, payload,
       descriptors: step.descriptors.map { $0.fd.rawValue })
   }
 }

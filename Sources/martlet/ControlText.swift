@@ -13,6 +13,7 @@ enum ControlText {
     case .shutdown: "shut down\n"
     case .stats: statistics(answer)
     case .resizeDisk: "the guest is told\n"
+    case .conversation: answer["conversation"]?.string ?? ""
     case .events: (answer["events"]?.array ?? []).map(event).joined()
     case .add: "\(answer["id"]?.string ?? "") is in slot \(number(answer["slot"]))\n" + (answer["text"]?.string.map { $0 + "\n" } ?? "")
     case .replace: replaced(answer)
@@ -109,7 +110,8 @@ enum ControlText {
     var rows = [["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "CPU", "STATE", "QUEUES", "FEATURES"]]
     for device in answer["devices"]?.array ?? [] {
       let queues = (device["queues"]?.array ?? []).map { queue in
-        number(queue["size"]) + (queue["enabled"]?.bool == true ? "" : "-")
+        let waits = queue["waiting_ns"]?.unsigned.map { " (\(queue["waiting"]?.unsigned.map(String.init) ?? "some") wait \(duration($0)))" }
+        return number(queue["size"]) + (queue["enabled"]?.bool == true ? "" : "-") + (waits ?? "")
       }
       let features = (device["features"]?.array ?? []).compactMap(\.string)
       rows.append([

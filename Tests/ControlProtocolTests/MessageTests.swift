@@ -27,7 +27,7 @@ private let toSupervisor: [CoreMessage] = [
   .device(
     DeviceReport(
       id: "blk0", state: .active, features: [.version1, .eventIndex], protocolFeatures: 8,
-      queues: [.init(size: 256, isEnabled: true), .init(size: 2, isEnabled: false)], reason: "why")),
+      queues: [.init(size: 256, isEnabled: true, waitingSince: 1 << 60, waitingCount: 7), .init(size: 2, isEnabled: false)], reason: "why")),
 ]
 
 @Suite struct MessageTests {

@@ -162,7 +162,8 @@ final class FakeCore {
       let counters = [VMInformation.Counter(name: "descriptors", value: UInt64(kept.count))]
       send(.information(VMInformation(state: state, resetCount: 2, uptime: 1_500_000_000, counters: counters)), sequence)
     case .examine: send(.examined([]), sequence)
-    case .reattach, .giveUp, .exchange, .forget: send(.done, sequence)
+    case .reattach, .giveUp, .exchange, .forget, .look: send(.done, sequence)
+    case .conversation(let id): send(.conversation(id: id, text: "martlet-recording 2\n"), sequence)
     }
   }
 

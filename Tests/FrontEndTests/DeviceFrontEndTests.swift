@@ -26,6 +26,8 @@ final class FakeHost: DeviceHost {
   func kick(ofQueue queue: Int) -> SharedDescriptor? { kicks.indices.contains(queue) ? kicks[queue] : nil }
   func call(ofVector vector: Int) -> SharedDescriptor? { vectors.indices.contains(vector) ? vectors[vector] : nil }
   var usedIndices: [UInt64: UInt16] = [:]
+  var words: [UInt64: UInt16] = [:]
+  func word(at address: UInt64) -> UInt16? { words[address] }
   func usedIndex(ofUsedRing address: UInt64) -> UInt16? { usedIndices[address] ?? 0 }
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) { effects += change(&function) }
 
@@ -54,7 +56,7 @@ final class Bench {
     let memory = SharedGuestMemory(
       regions: [(guestAddress: 0, byteCount: 0x8_0000, fileOffset: 0), (guestAddress: 1 << 32, byteCount: 0x8_0000, fileOffset: 0x8_0000)],
       file: file)
-    let device = try DeviceFrontEnd(name: "disk0", pair.first, configuration, memory)
+    let device = try DeviceFrontEnd(name: "disk0", .block, pair.first, configuration, memory)
     var back = BackEndConnection(
       pair.second,
       offer: BackEndOffer(
@@ -92,6 +94,19 @@ final class Bench {
 
   func killBackEnd() { back = nil }
 
+  /// Another back end, whose first contact begins.
+  func revive() throws {
+    let pair = try UnixSocket.pair(.stream)
+    back = BackEndConnection(
+      pair.second,
+      offer: BackEndOffer(
+        features: [Self.features, .packedRing], protocolFeatures: BackEndOffer.implemented, queueCount: 2, maximumQueueSize: 256))
+    backDevice = RecordingDevice()
+    guard try device.reattach(pair.first, now: now) else { throw NotReady() }
+  }
+
+  /// Which memory object the back end records in.
+  func area() throws -> UInt64? { try backDevice.inflight?.fd.status().inode }
   /// Waits longer than any deadline but that of draining.
   func expire() {
     now = now.advanced(by: .seconds(2))
@@ -376,6 +391,128 @@ final class Bench {
     try bench.settle()
     #expect(bench.host.status == 0)
     #expect(bench.device.state == .lost)
+  }
+
+  enum ResetMoment: CaseIterable { case never, beforeDeath, whileAlone, duringFirstContact }
+
+  @Test(arguments: ResetMoment.allCases)
+  func whatWasInFlightIsPassedOnUnlessTheDriverHasReset(_ moment: ResetMoment) throws {
+    let bench = try Bench(wanted: [.mq, .replyAck, .config, .resetDevice, .inflightShmFD])
+    bench.device.awaitsSuccessor = true
+    bench.startDriver()
+    try bench.settle()
+    let first = try #require(try bench.area())
+    func reset() { bench.write(VirtioPCI.Common.deviceStatus, 1, 0) }
+    if moment == .beforeDeath { reset() }
+    bench.killBackEnd()
+    try bench.settle()
+    #expect(bench.device.state == .detached)
+    if moment == .whileAlone { reset() }
+    try bench.revive()
+    if moment == .duringFirstContact { reset() }
+    try bench.settle()
+    if moment != .never {
+      #expect(bench.host.status == 0)
+      bench.startDriver()
+      try bench.settle()
+    }
+    #expect(bench.device.state == .running)
+    let second = try #require(try bench.area())
+    #expect((first == second) == (moment == .never))
+    #expect(bench.events.contains(.restored))
+  }
+
+  @Test func aBackEndThatHangsWhenItsRingsAreTakenBackIsLostAndTheResetIsOver() throws {
+    let bench = try Bench()
+    bench.device.awaitsSuccessor = true
+    bench.startDriver()
+    try bench.settle()
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    let deadline = try #require(bench.device.deadline)
+    bench.device.handleTimeout(now: deadline)
+    #expect(bench.device.nextEvent() == .detached(.noReply(to: "GET_VRING_BASE", milliseconds: 30_000)))
+    #expect(bench.host.status == 0)
+    // The next one finds a device without a driver.
+    bench.device.closeLost()
+    try bench.revive()
+    try bench.settle()
+    #expect(bench.device.state == .idle)
+    bench.startDriver()
+    try bench.settle()
+    #expect(bench.device.state == .running)
+  }
+
+  @Test func ringsThatStandStillAreSeenFromTheirIndices() throws {
+    let bench = try Bench()
+    let look = { bench.device.look(now: bench.now) }
+    #expect(!look())
+    bench.startDriver()
+    try bench.settle()
+    let (available, used) = (0x1000 + 2 as UInt64, 0x2000 + 2 as UInt64)
+    bench.host.words = [available: 65535, used: 65535]
+    #expect(!look() && bench.device.wait(ofQueue: 0) == nil)
+    bench.host.words[available] = 4
+    #expect(look())
+    let since = bench.now
+    bench.now = bench.now.advanced(by: .seconds(3))
+    bench.host.words[available] = 6
+    #expect(look())
+    #expect(bench.device.wait(ofQueue: 0) == QueueWait(since: since, count: 7))
+    // One answer, and the time begins anew; with the last one nothing waits.
+    bench.host.words[used] = 0
+    #expect(look())
+    #expect(bench.device.wait(ofQueue: 0) == QueueWait(since: bench.now, count: 6))
+    bench.host.words[used] = 6
+    #expect(!look() && bench.device.wait(ofQueue: 0) == nil)
+    // A dead back end's requests wait as well.
+    bench.host.words[available] = 7
+    bench.device.awaitsSuccessor = true
+    bench.killBackEnd()
+    try bench.settle()
+    #expect(look() && bench.device.wait(ofQueue: 0)?.count == 1)
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    #expect(!look())
+  }
+
+  @Test func aPackedRingThatStandsStillIsSeenWhereItsDriverWaits() throws {
+    let bench = try Bench()
+    bench.startDriver([Bench.features, .packedRing])
+    try bench.settle()
+    let look = { bench.device.look(now: bench.now) }
+    let (event, flags) = (0x1000 as UInt64, (1 << 32) + 3 * 16 + 14 as UInt64)
+    // Waits for entry 3 in the round with wrap counter 1; the entry is available.
+    bench.host.words = [event: 0x8003, event + 2: 2, flags: 1 << 7]
+    #expect(look() && bench.device.wait(ofQueue: 0) == QueueWait(since: bench.now, count: nil))
+    bench.host.words[flags] = 1 << 7 | 1 << 15
+    #expect(!look())
+    // Available in the round before: nothing of this one waits. An offset that does not count, or beyond the ring.
+    bench.host.words[flags] = 1 << 15
+    #expect(!look())
+    bench.host.words[flags] = 1 << 7
+    bench.host.words[event + 2] = 0
+    #expect(!look())
+    bench.host.words[event + 2] = 2
+    bench.host.words[event] = 0xFFFF
+    #expect(!look())
+  }
+
+  @Test func theConversationIsKeptWholeAndBounded() throws {
+    let bench = try Bench()
+    for _ in 0..<20 {
+      bench.startDriver()
+      try bench.settle()
+      bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+      try bench.settle()
+    }
+    let lines = bench.device.conversation.split(separator: "\n")
+    #expect(lines.prefix(2) == ["martlet-recording 2", "connection"])
+    #expect(lines.count <= FlightRecorder.messageLimit + 2 && bench.device.conversation.utf8.count <= FlightRecorder.textLimit)
+    // SET_MEM_TABLE names both pieces of memory.
+    #expect(lines.contains { $0.contains(" f 05000000") && $0.hasSuffix(" memory:524288,memory:1048576") })
+    bench.killBackEnd()
+    try bench.settle()
+    bench.device.closeLost()
+    #expect(bench.device.conversation.isEmpty)
   }
 
   @Test func aSilentBackEndIsGivenUpAndTheGuestTold() throws {

@@ -32,6 +32,7 @@ package struct BlockJob: Sendable {
   var ringSize: UInt16?
   var isPacked = false
   var hasEventIndex = true
+  var recordsInflight = false
   var usesIndirect = false
   var seed: UInt64 = 1
   var countsSystemCalls = true
@@ -55,6 +56,7 @@ package struct BlockJob: Sendable {
     OptionRow("pin", "CPU[,CPU]", "processors for the tool's threads"),
     OptionRow("ring-size", "COUNT", "entries of a ring (default: fitting the depth, at least 128)"),
     OptionRow("packed", nil, "packed rings"),
+    OptionRow("inflight", nil, "the back end records requests in flight, as for a front end that can replace it"),
     OptionRow("no-event-idx", nil, "without EVENT_IDX"),
     OptionRow("randseed", "NUMBER", "another sequence of random numbers"),
     OptionRow("no-syscalls", nil, "do not count system calls (needs a short extra run under ptrace)"),
@@ -85,6 +87,7 @@ package struct BlockJob: Sendable {
     pin = try options.processors("pin")
     isPacked = options.has("packed")
     hasEventIndex = !options.has("no-event-idx")
+    recordsInflight = options.has("inflight")
     seed = UInt64(try options.number("randseed", in: 0...Int.max) ?? 1)
     countsSystemCalls = !options.has("no-syscalls")
     if let size = try options.number("ring-size", in: 4...32768) {
@@ -111,6 +114,7 @@ package struct BlockJob: Sendable {
     if threadCount > 1 { text += ", \(threadCount) threads" }
     text += sleeps ? ", sleeping" : ", spinning"
     if isPacked { text += ", packed" }
+    if recordsInflight { text += ", in flight recorded" }
     if !hasEventIndex { text += ", no EVENT_IDX" }
     if let rate { text += ", at most \(rate)/s" }
     if flushEvery > 0 { text += ", flush every \(flushEvery) writes" }

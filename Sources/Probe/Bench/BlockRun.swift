@@ -42,6 +42,7 @@ final class BlockRun: BenchRun {
     let perQueue = UInt64(job.depth) * (UInt64(job.blockSize) + 128) + UInt64(ringBytes) + 65536
     let arena = try Arena(byteCount: perQueue * UInt64(job.queueCount) + (1 << 20))
     try link.share(arena)
+    if job.recordsInflight { try link.shareInflightArea(queueCount: job.queueCount, queueSize: Int(job.wantedRingSize)) }
     for index in 0..<job.queueCount {
       let ring = try ProbeRing(index, size: job.wantedRingSize, features: features, arena: arena)
       try link.start(ring)

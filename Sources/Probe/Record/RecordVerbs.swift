@@ -56,4 +56,23 @@ extension Verb {
           + (interruption.happened ? "; interrupted" : ""))
       return replayer.differences.isEmpty ? .passed : .findings
     })
+
+  /// A recording in words.
+  package static let decode = Verb(
+    name: "decode", summary: "prints a recording in words; needs no back end",
+    notes: """
+      Recordings are made by record, by martlet run --flight-recorder, and by martlet ctl conversation.
+      """,
+    options: [OptionRow("input", "PATH", "the recording")],
+    run: { options throws(ProbeError) in
+      guard let path = options.text("input") else { throw .badOption("input", why: "is needed: a recording") }
+      let bytes = try wrapping { () throws(SystemError) in try OwnedFD.open(path, 0).readToEnd(limit: 1 << 28) }
+      let recording = try Recording(String(decoding: bytes, as: UTF8.self), name: path)
+      let device = options.has("type") ? try DeviceGuess.device(options, Offer()).device : nil
+      for connection in recording.connections {
+        Output.line("connection")
+        for line in connection { Output.line(line.words(device)) }
+      }
+      return .passed
+    })
 }

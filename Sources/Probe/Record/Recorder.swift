@@ -152,6 +152,18 @@ final class Recorder {
     let attachments = descriptors.map { Recording.Attachment($0.fd) }
     let time = UInt64(clamping: begin.map { MonotonicTime.now.since($0).nanoseconds } ?? 0)
     let line = Recording.Line(nanoseconds: time, side: side, header: header, payload: payload, attachments: attachments)
+    write(line.text, line.words(device))
+  }
+
+  private func write(_ record: String?, _ words: String) {
+    if let record { file?.write(Array((record + "\n").utf8)) }
+    if let log { log.write(Array((words + "\n").utf8)) } else { Output.line(words) }
+  }
+}
+
+extension Recording.Line {
+  /// For people: seconds, direction, message.
+  func words(_ device: DeviceID?) -> String {
     let (arrow, words) =
       switch side {
       case .frontEnd: (">", MessageText.request(header, payload, device: device))
@@ -160,11 +172,6 @@ final class Recorder {
       case .channelAnswer: ("> channel:", MessageText.channelAnswer(header, payload))
       }
     let carried = attachments.isEmpty ? "" : "  [" + attachments.map(\.text).joined(separator: ", ") + "]"
-    write(line.text, "\(decimal(Double(time) / 1e9, 6).leftPadded(to: 12)) \(arrow) \(words)\(carried)")
-  }
-
-  private func write(_ record: String?, _ words: String) {
-    if let record { file?.write(Array((record + "\n").utf8)) }
-    if let log { log.write(Array((words + "\n").utf8)) } else { Output.line(words) }
+    return "\(decimal(Double(nanoseconds) / 1e9, 6).leftPadded(to: 12)) \(arrow) \(words)\(carried)"
   }
 }

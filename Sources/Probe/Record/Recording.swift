@@ -66,15 +66,14 @@ package struct Recording {
     var attachments: [Attachment]
 
     package var text: String {
-      let bytes = (header.encoded + payload).map(\.hexText).joined()
-      return "\(nanoseconds) \(side.rawValue) \(bytes)" + (attachments.isEmpty ? "" : " " + attachments.map(\.text).joined(separator: ","))
+      ConversationText.line(nanoseconds, side.rawValue, header.encoded + payload, attachments.map(\.text))
     }
   }
 
-  static let firstLine = "martlet-recording 2"
+  static let firstLine = ConversationText.firstLine
   /// Before the back end's own channel was written down.
   static let olderFirstLine = "martlet-recording 1"
-  static let connectionMark = "connection"
+  static let connectionMark = ConversationText.connectionMark
 
   /// By connection.
   package var connections: [[Line]] = []
