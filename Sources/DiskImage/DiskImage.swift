@@ -48,8 +48,7 @@ package final class DiskImage: Sendable {
   /// Bytes a guest can address: a multiple of 512. Changes only in `lookAgain`.
   package var byteCount: UInt64 { size.load(ordering: .relaxed) }
   private let isDevice: Bool
-  /// The file system is a process (FUSE). Linux lets it wait in the place of whoever asks it not to, and io_uring then puts together
-  /// wrong bytes from its short answers (seen with 6.18).
+  /// The file system is a process (FUSE). Linux lets it wait in the place of whoever asks it not to.
   let isServedByProcess: Bool
   /// The image's file mapped for reading; nil where that cannot be or is not wanted.
   let cachedWindows: CachedWindows?

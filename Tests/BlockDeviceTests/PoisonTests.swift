@@ -49,7 +49,8 @@ struct PoisonTests {
       deaths += 1
       program.kill9()
       program = try DeviceProcess("martlet-block", arguments, wrapper: deadly)
-      try front.reconnect(try program.connect())
+      // It may die of the request before the last message has been answered.
+      _ = try? front.reconnect(try program.connect())
     }
     #expect(deaths == 1 + Virtqueue.replayLimit)
     #expect(try queue.nextUsed().head == poison.head)
