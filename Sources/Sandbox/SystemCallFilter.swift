@@ -64,7 +64,9 @@ package struct SystemCallFilter: Equatable, Sendable {
     var order: [UInt32] = []
     for rule in rules where !order.contains(rule.number) { order.append(rule.number) }
     for number in order {
-      let block = Self.block(rules.filter { $0.number == number }, processID: processID, refusal: refusal.rawValue)
+      // With other arguments than those allowed: as the call is refused, where it is.
+      let other = refused.first { $0.number == number }.map { Self.errorReturn | UInt32($0.errno) } ?? refusal.rawValue
+      let block = Self.block(rules.filter { $0.number == number }, processID: processID, refusal: other)
       // Not this call: over the block. A conditional jump reaches 255 instructions, `ja` any.
       program.append(Instruction(code: Code.jumpEqual, jumpTrue: 1, jumpFalse: 0, value: number))
       program.append(Instruction(code: Code.jumpAlways, jumpTrue: 0, jumpFalse: 0, value: UInt32(block.count)))

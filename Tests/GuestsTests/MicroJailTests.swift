@@ -34,6 +34,24 @@ struct MicroJailTests {
     #expect(try FileManager.default.contentsOfDirectory(atPath: "/tmp").filter { $0.hasPrefix("martlet-") && $0.count == 14 } == before)
   }
 
+  @Test(.enabled(if: access("/usr/bin/dpdk-testpmd", X_OK) == 0 && geteuid() == 0, "Needs root and dpdk-testpmd (Debian's dpdk-dev)."))
+  func dpdkEchoesFramesFromItsJail() throws {
+    let vm = try MicroVM()
+    let profile = Self.profile.replacing("qemu-storage-daemon", with: "dpdk-testpmd")
+    // One processor for its words, one that spins.
+    let words =
+      "dpdk-testpmd --no-huge -m 256 --no-pci --no-telemetry --no-shconf --lcores 0@0,1@1 --vdev net_vhost0,iface={socket},queues=1 -- "
+      + "--no-mlockall --total-num-mbufs=8192 --forward-mode=macswap --port-topology=loop --stats-period 3600"
+    let run = try vm.run(
+      "test=net n=500 size=512 window=8",
+      [
+        "--deadline", "ready=30000", "--net", "vhost_user=on,jail=\(profile),mac=52:54:00:12:34:56,program=\"\(words)\"",
+      ])
+    #expect(run.passed && run.exitStatus == 0, run.summary)
+    #expect(run.report("net.echo") != nil, run.summary)
+    #expect(!run.errors.contains("violation"), run.summary)
+  }
+
   @Test func itIsShownWatchedAndStartedAgainAsOurs() throws {
     let vm = try MicroVM()
     let running = try vm.start("test=idle ms=60000", disk(vm, "addr.type=fd,addr.str={listen}"))

@@ -61,6 +61,17 @@ private let kill: UInt32 = 0x8000_0000
     }
   }
 
+  @Test func aRefusedCallComesBackWhereNoRuleAllowsIt() throws {
+    let filter = SystemCallFilter(
+      try SystemCallRule.parse("socket arg0 == 1 # local\nread # a"), processID: 1, refused: [(41, 13), (2, 2), (0, 1)])
+    let refused: UInt32 = 0x0005_0000
+    #expect(verdict(filter, number: 41, arguments: [1]) == allow)
+    #expect(verdict(filter, number: 41, arguments: [16]) == refused | 13)
+    #expect(verdict(filter, number: 2) == refused | 2)
+    #expect(verdict(filter, number: 0) == allow)
+    #expect(verdict(filter, number: 3) == kill)
+  }
+
   @Test func masksLookAtTheirBitsOnly() throws {
     let filter = try filter("mmap arg2 & 0x4 == 0 and arg3 & 0x20 == 0x20 # memory")
     #expect(verdict(filter, number: 9, arguments: [0, 4096, 3, 0x22]) == allow)

@@ -18,21 +18,34 @@ struct JailTests {
 
   final class Place {
     let path = NSTemporaryDirectory() + "martlet-jail-\(UUID().uuidString)"
-    init() throws {
+    init(isEverybodys: Bool = false) throws {
       try FileManager.default.createDirectory(atPath: path, withIntermediateDirectories: true)
       // A jail without root is in a user namespace of this user's; with root, under a uid that must be able to pass.
       chmod(path, 0o755)
+      if isEverybodys { chown(path, 65531, 65531) }
     }
     deinit { try? FileManager.default.removeItem(atPath: path) }
     func write(_ name: String, _ text: String) throws { try text.write(toFile: path + "/" + name, atomically: true, encoding: .utf8) }
   }
 
-  private func jail(_ place: Place, _ words: [String], seconds: Double = 20) throws -> ProgramResult {
-    try RunningProgram(BuiltPrograms.path("martlet"), ["jail", "--profile", "p"] + words, directory: place.path).wait(seconds: seconds)
+  /// What makes somebody else of us: nothing, and as root an ordinary user.
+  static let users: [[String]] = {
+    let other = ["/usr/bin/setpriv", "--reuid=65531", "--regid=65531", "--clear-groups"]
+    guard geteuid() == 0, let program = BuiltPrograms.exists("martlet-jail") ? BuiltPrograms.path("martlet-jail") : nil,
+      let trial = try? RunningProgram(other[0], other.dropFirst() + ["/usr/bin/unshare", "-U", "test", "-x", program]),
+      trial.wait().code == 0
+    else { return [[]] }
+    return [[], other]
+  }()
+
+  private func jail(_ place: Place, _ words: [String], seconds: Double = 20, below wrapper: [String] = []) throws -> ProgramResult {
+    let all = wrapper + [BuiltPrograms.path("martlet"), "jail", "--profile", "p"] + words
+    return try RunningProgram(all[0], Array(all.dropFirst()), directory: place.path).wait(seconds: seconds)
   }
 
-  @Test func aLearnedProfileRunsTheProgramAndHidesEverythingElse() throws {
-    let place = try Place()
+  @Test(arguments: users) func aLearnedProfileRunsTheProgramAndHidesEverythingElse(user: [String]) throws {
+    let place = try Place(isEverybodys: !user.isEmpty)
+    func jail(_ place: Place, _ words: [String]) throws -> ProgramResult { try self.jail(place, words, below: user) }
     try place.write("seen", "in the jail\n")
     try place.write("hidden", "outside\n")
     let seen = place.path + "/seen"
@@ -205,17 +218,20 @@ struct JailTests {
   }
 
   @Test(
-    .enabled(if: access("/usr/bin/qemu-storage-daemon", X_OK) == 0 && BuiltPrograms.exists("martlet-probe"), "Needs qemu-storage-daemon."))
-  func theStorageDaemonServesADiskFromItsJail() throws {
-    let place = try Place()
+    .enabled(if: access("/usr/bin/qemu-storage-daemon", X_OK) == 0 && BuiltPrograms.exists("martlet-probe"), "Needs qemu-storage-daemon."),
+    arguments: users)
+  func theStorageDaemonServesADiskFromItsJail(user: [String]) throws {
+    let place = try Place(isEverybodys: !user.isEmpty)
     let image = place.path + "/image"
     try Data(count: 8 << 20).write(to: URL(fileURLWithPath: image))
     // As people have it: nobody else's to read.
     chmod(image, 0o600)
+    if !user.isEmpty { chown(image, 65531, 65531) }
     let socket = place.path + "/q.sock"
+    let words = user + [BuiltPrograms.path("martlet")]
     let daemon = try RunningProgram(
-      BuiltPrograms.path("martlet"),
-      [
+      words[0],
+      words.dropFirst() + [
         "jail", "--profile", Self.profiles + "qemu-storage-daemon.jail", "--define", "path=\(image)", "--define", "sockets=\(place.path)",
         "--",
         "qemu-storage-daemon", "--blockdev", "driver=file,node-name=f,filename=\(image)", "--export",
