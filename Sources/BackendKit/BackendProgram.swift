@@ -121,6 +121,7 @@ public struct BackendProgram: Sendable {
       // Without a supervisor memory need not be sealed; who cuts it off shall lose the connection, not end the program.
       if !launch.isSupervised { clinux_bus_guard() }
       let signals = try Signals.descriptor(for: [SIGTERM, SIGINT, SIGHUP])
+      try WaitBreaker.protectThisThread()
       let ready = try ReadyPort(launch.readyFD)
       var context = try BackendContext()
       try context.loop.add(signals, for: .readable, token: .signals)

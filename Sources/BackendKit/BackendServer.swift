@@ -36,7 +36,7 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
       pages = try .anonymous(byteCount: profile.queueCount * QueueStatistics.pageByteCount)
     }
     for index in 0..<profile.queueCount {
-      let ports = try QueuePorts(QueueCounters(pages, page: index), asksForRoom: profile.kickWaiter == .loop)
+      let ports = try QueuePorts(QueueCounters(pages, page: index), isServedByLoop: profile.kickWaiter == .loop)
       rings.append(RingRecord(index: index, ports: ports))
     }
     let store =

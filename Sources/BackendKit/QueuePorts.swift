@@ -12,11 +12,11 @@ public final class QueuePorts: Sendable {
   private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
   /// The thread that calls is the one that hears the front end. It must not wait in a call: a front end can make its eventfd
-  /// blocking and full. Asking before costs a system call; a thread of the device's own is let go by `makeRoomForCalls`.
-  @usableFromInline let asksForRoom: Bool
+  /// blocking and full. A thread of the device's own is let go by `makeRoomForCalls`.
+  @usableFromInline let isServedByLoop: Bool
 
-  init(_ counters: QueueCounters, asksForRoom: Bool) throws(SystemError) {
-    self.asksForRoom = asksForRoom
+  init(_ counters: QueueCounters, isServedByLoop: Bool) throws(SystemError) {
+    self.isServedByLoop = isServedByLoop
     // Dummies until the front end sends its own: a call before that goes nowhere, as the protocol has it.
     callPort = try EventFD()
     errorPort = try EventFD()
@@ -26,8 +26,7 @@ public final class QueuePorts: Sendable {
 
   @inlinable @inline(__always)
   func call() {
-    if asksForRoom, !callPort.hasRoomNow() { return }
-    callPort.signal()
+    if isServedByLoop { callPort.signalDistrusted() } else { callPort.signal() }
     counters.calls.add(1)
   }
 
@@ -38,7 +37,7 @@ public final class QueuePorts: Sendable {
   /// Tells the front end that the ring is broken; false when it was told already.
   func signalError() -> Bool {
     let isFirst = !hasSignalledError.exchange(true, ordering: .relaxed)
-    if isFirst, errorPort.hasRoomNow() { errorPort.signal() }
+    if isFirst { errorPort.signalDistrusted() }
     return isFirst
   }
 
@@ -52,7 +51,7 @@ public final class QueuePorts: Sendable {
     case .none: try Self.put(nowhere.fd.rawValue, under: callPort.fd.rawValue)
     }
     // Covers a call that was lost between the old descriptor and the new one; a needless call is allowed.
-    if callPort.hasRoomNow() { callPort.signal() }
+    callPort.signalDistrusted()
   }
 
   func replaceError(_ fd: borrowing OwnedFD) throws(SystemError) { try Self.put(fd.rawValue, under: errorPort.fd.rawValue) }

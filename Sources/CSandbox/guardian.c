@@ -9,6 +9,7 @@
 #include <linux/filter.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -41,20 +42,81 @@ static void raise_walls(const struct csandbox_guardian *guardian) {
   if (guardian->filter && syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) < 0) _exit(1);
 }
 
+static void tell(int fd, const char *text) {
+  ssize_t ignored = write(fd, text, strlen(text));
+  (void)ignored;
+}
+
+struct entry { // linux_dirent64
+  uint64_t inode;
+  int64_t offset;
+  unsigned short length;
+  unsigned char type;
+  char name[];
+};
+
+static void remove_members(int directory) {
+  static const char prefix[] = "process-";
+  _Alignas(struct entry) char buffer[4096];
+  lseek(directory, 0, SEEK_SET);
+  for (;;) {
+    long got = syscall(SYS_getdents64, directory, buffer, sizeof buffer);
+    if (got <= 0) return;
+    for (long at = 0; at < got;) {
+      struct entry *entry = (struct entry *)(buffer + at);
+      if (strncmp(entry->name, prefix, sizeof prefix - 1) == 0) unlinkat(directory, entry->name, AT_REMOVEDIR);
+      at += entry->length;
+    }
+  }
+}
+
+// A process that was just killed is still in its group for a moment.
+static void remove_groups(const struct csandbox_guarded_groups *groups) {
+  tell(groups->kill, "1");
+  for (int round = 0; round < 600; round++) {
+    remove_members(groups->directory);
+    if (unlinkat(groups->parent, groups->name, AT_REMOVEDIR) == 0 || errno == ENOENT) break;
+    poll(NULL, 0, 5);
+  }
+  if (groups->own_name == NULL) return;
+  // A group that hands controllers down takes no process.
+  tell(groups->control, "-cpu");
+  tell(groups->control, "-memory");
+  tell(groups->control, "-io");
+  tell(groups->control, "-pids");
+  tell(groups->members, "0");
+  unlinkat(groups->parent, groups->own_name, AT_REMOVEDIR);
+}
+
+// The descriptors become 2, 3 and so on; the first number behind them is returned.
+static unsigned keep_groups(struct csandbox_guarded_groups *groups) {
+  int *const numbers[] = {&groups->directory, &groups->kill, &groups->parent, &groups->control, &groups->members};
+  enum { count = sizeof numbers / sizeof *numbers };
+  int high[count];
+  for (int i = 0; i < count; i++) high[i] = *numbers[i] < 0 ? -1 : fcntl(*numbers[i], F_DUPFD, 16);
+  unsigned next = 2;
+  for (int i = 0; i < count; i++) *numbers[i] = high[i] < 0 ? -1 : dup2(high[i], (int)next++);
+  return next;
+}
+
 static void guard(const struct csandbox_guardian *guardian, int pipe) {
   sigset_t all;
   sigfillset(&all);
   sigprocmask(SIG_SETMASK, &all, NULL);
   setsid();
   clinux_set_title(guardian->title);
-  // 0 becomes the pipe, 1 the terminal; everything else goes, so that nobody waits for an end of file on our account.
+  // 0 becomes the pipe, 1 the terminal, then come the groups; everything else goes, so that nobody waits for an end of file on our account.
   int terminal = guardian->terminal;
-  int high_pipe = fcntl(pipe, F_DUPFD, 3);
-  int high_terminal = terminal >= 0 ? fcntl(terminal, F_DUPFD, 3) : -1;
+  int high_pipe = fcntl(pipe, F_DUPFD, 16);
+  int high_terminal = terminal >= 0 ? fcntl(terminal, F_DUPFD, 16) : -1;
+  struct csandbox_guarded_groups groups;
+  if (guardian->groups) groups = *guardian->groups;
+  // First these: a number that is written over next may be one of theirs.
+  unsigned behind_groups = guardian->groups ? keep_groups(&groups) : 2;
   if (high_pipe < 0 || dup2(high_pipe, 0) < 0) _exit(1);
-  unsigned first_closed = 1;
-  if (high_terminal >= 0 && dup2(high_terminal, 1) == 1) first_closed = 2;
-  syscall(SYS_close_range, first_closed, ~0u, 0);
+  int has_terminal = high_terminal >= 0 && dup2(high_terminal, 1) == 1;
+  if (!has_terminal) close(1);
+  syscall(SYS_close_range, behind_groups, ~0u, 0);
   raise_walls(guardian);
 
   struct csandbox_guarded files[most_files];
@@ -74,7 +136,8 @@ static void guard(const struct csandbox_guardian *guardian, int pipe) {
     if (lstat(files[i].path, &now) == 0 && now.st_dev == files[i].device && now.st_ino == files[i].inode)
       unlink(files[i].path);
   }
-  if (first_closed == 2) tcsetattr(1, TCSANOW, guardian->settings);
+  if (has_terminal) tcsetattr(1, TCSANOW, guardian->settings);
+  if (guardian->groups) remove_groups(&groups);
   _exit(0);
 }
 

@@ -289,10 +289,11 @@ int csandbox_start(const struct csandbox_launch *launch, int *pidfd, int *report
   int is_sibling = (launch->namespaces & CLONE_PARENT) != 0;
   struct parent parent = {.pid = is_sibling ? getppid() : getpid(), .uid = geteuid(), .gid = getegid()};
   struct clone_args arguments = {
-      .flags = CLONE_PIDFD | launch->namespaces,
+      .flags = CLONE_PIDFD | launch->namespaces | (launch->group >= 0 ? CLONE_INTO_CGROUP : 0),
       .pidfd = (uint64_t)(uintptr_t)&handle,
       // A sibling takes over the caller's.
       .exit_signal = is_sibling ? 0 : SIGCHLD,
+      .cgroup = launch->group >= 0 ? (uint64_t)launch->group : 0,
   };
   long pid = syscall(SYS_clone3, &arguments, sizeof arguments);
   if (pid == 0) child(launch, ends[1], parent);

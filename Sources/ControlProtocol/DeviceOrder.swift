@@ -94,6 +94,7 @@ extension VMConfiguration {
     result.generics.removeAll { $0.id == id }
     result.consoles.removeAll { $0.id == id }
     if result.entropy?.id == id { result.entropy = nil }
+    result.limits[id] = nil
     if id == Reserved.console { result.console = .off }
     if let place = changedIDs.firstIndex(of: id) {
       result.changes.remove(at: place)

@@ -13,13 +13,15 @@ extension VMConfiguration {
     var result = VMConfiguration()
     var hasKernel = false
     /// In the order of the command line; an empty id is filled in by `finish`.
-    var devices: [(device: Device, id: String?, place: String)] = []
+    var devices: [(device: Device, id: String?, place: String, limits: ResourceLimits)] = []
     var console: Terminal?
     var serial: Terminal?
 
-    mutating func add(_ device: Device, id: String?, option: String) {
-      devices.append((device, id, "--\(option) number \(devices.count { $0.place.hasPrefix("--\(option) ") } + 1)"))
+    mutating func add(_ device: Device, id: String?, option: String, limits: ResourceLimits = ResourceLimits()) {
+      devices.append((device, id, "--\(option) number \(devices.count { $0.place.hasPrefix("--\(option) ") } + 1)", limits))
     }
+
+    mutating func limit(_ id: String, _ limits: ResourceLimits) { if !limits.isEmpty { result.limits[id] = limits } }
 
     /// Gives ids to devices without one, then makes the checks that need the whole command line.
     func finish() throws(ConfigurationError) -> VMConfiguration {
@@ -35,30 +37,38 @@ extension VMConfiguration {
         }
       }
       for entry in devices {
+        var id = ""
         switch entry.device {
         case .disk(var disk):
-          disk.id = entry.id ?? Self.freeID("blk", &places)
+          id = entry.id ?? Self.freeID("blk", &places)
+          disk.id = id
           if disk.queueCount == 0 { disk.queueCount = UInt16(min(result.cpuCount, Limits.defaultDiskQueues)) }
           result.disks.append(disk)
         case .net(var net):
-          net.id = entry.id ?? Self.freeID("net", &places)
+          id = entry.id ?? Self.freeID("net", &places)
+          net.id = id
           result.nets.append(net)
         case .fileSystem(var fileSystem):
-          fileSystem.id = entry.id ?? Self.freeID("fs", &places)
+          id = entry.id ?? Self.freeID("fs", &places)
+          fileSystem.id = id
           result.fileSystems.append(fileSystem)
         case .entropy(var entropy):
           if let other = result.entropy {
             throw .conflict("entropy device \(other.id)", "another one", remedy: "remove the first")
           }
-          entropy.id = entry.id ?? Self.freeID("rng", &places)
+          id = entry.id ?? Self.freeID("rng", &places)
+          entropy.id = id
           result.entropy = entropy
         case .console(var console):
-          console.id = entry.id ?? Self.freeID("con", &places)
+          id = entry.id ?? Self.freeID("con", &places)
+          console.id = id
           result.consoles.append(console)
         case .generic(var generic):
-          generic.id = entry.id ?? Self.freeID(generic.deviceType.description, &places)
+          id = entry.id ?? Self.freeID(generic.deviceType.description, &places)
+          generic.id = id
           result.generics.append(generic)
         }
+        if !entry.limits.isEmpty { result.limits[id] = entry.limits }
       }
       if console == .tty, serial == .tty {
         throw .conflict("--console tty", "--serial tty", remedy: "give one of them pty, file=, socket=, null or off")
@@ -70,6 +80,7 @@ extension VMConfiguration {
       result.console = console ?? (serial == .tty ? .null : .tty)
       result.serial = serial ?? .null
       try result.checkPaths()
+      try result.checkLimits()
       if result.deviceCount > Limits.devices {
         throw .tooMany(what: "devices", count: result.deviceCount, limit: Limits.devices)
       }

@@ -144,8 +144,8 @@ extension VMConfiguration {
           KeyDescription("ops_size", "COUNT", "rate limit: requests that refill within ops_refill_time"),
           KeyDescription("ops_one_time_burst", "COUNT", "requests more, once"),
           KeyDescription("ops_refill_time", "MS", "milliseconds"),
-        ] + deathKeys + spareKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio block device, served by its own process",
-      example: "--disk path=root.img"
+        ] + ResourceLimits.keys + ResourceLimits.storageKeys + deathKeys + spareKeys + vhostUserKeys), .many, group: "Devices",
+      summary: "virtio block device, served by its own process", example: "--disk path=root.img"
     ) { (draft, values) throws(ConfigurationError) in
       let serial = values["serial"]
       if let serial, serial.utf8.count > Limits.serial || !serial.utf8.allSatisfy({ (0x20...0x7E).contains($0) }) {
@@ -177,7 +177,7 @@ extension VMConfiguration {
       if case .image = source, disk.queueSize > 1024 { throw values.bad("queue_size", "a power of two from 2 to 1024") }
       disk.backEndArguments = arguments
       disk.isShared = isShared
-      draft.add(.disk(disk), id: try values.id(), option: values.option)
+      draft.add(.disk(disk), id: try values.id(), option: values.option, limits: try values.limits())
     },
     Option(
       "net",
@@ -187,8 +187,8 @@ extension VMConfiguration {
           KeyDescription("mac", "MAC", "address of the guest's card; derived from the names when left out"),
           KeyDescription("id", "NAME", "name of the device; net0, net1, ... when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue; 256 when left out"),
-        ] + deathKeys + vhostUserKeys), .many, group: "Devices", summary: "virtio network card, served by its own process",
-      example: "--net tap=tap0"
+        ] + ResourceLimits.keys + deathKeys + vhostUserKeys), .many, group: "Devices",
+      summary: "virtio network card, served by its own process", example: "--net tap=tap0"
     ) { (draft, values) throws(ConfigurationError) in
       let source: Net.Source
       if let external = try values.external(excluding: ["tap"]) {
@@ -210,7 +210,7 @@ extension VMConfiguration {
       let net = Net(
         id: "", source: source, mac: address, queueSize: try values.queueSize("queue_size") ?? 256,
         death: try values.deathPolicy())
-      draft.add(.net(net), id: try values.id(), option: values.option)
+      draft.add(.net(net), id: try values.id(), option: values.option, limits: try values.limits())
     },
     Option(
       "fs",
@@ -243,14 +243,14 @@ extension VMConfiguration {
         keys: [
           KeyDescription("src", "PATH", "character device that random bytes are read from; /dev/urandom when left out"),
           KeyDescription("id", "NAME", "name of the device; rng0 when left out"),
-        ] + deathKeys + spareKeys, words: [KeyDescription("on", "", "with /dev/urandom")]), group: "Devices",
+        ] + ResourceLimits.keys + deathKeys + spareKeys, words: [KeyDescription("on", "", "with /dev/urandom")]), group: "Devices",
       summary: "virtio entropy device (hwrng), served by its own process", example: "--rng on"
     ) { (draft, values) throws(ConfigurationError) in
       if values.has(word: "on"), values.has(key: "src") {
         throw .conflict("--rng on", "src=", remedy: "leave out one of them")
       }
       let entropy = Entropy(id: "", source: try values.path("src") ?? "/dev/urandom", death: try values.deathPolicy())
-      draft.add(.entropy(entropy), id: try values.id(), option: values.option)
+      draft.add(.entropy(entropy), id: try values.id(), option: values.option, limits: try values.limits())
     },
     Option(
       "generic-vhost-user",
@@ -264,7 +264,7 @@ extension VMConfiguration {
           KeyDescription("device_type", "NAME|ID", required: true, "virtio device type, such as fs or 26"),
           KeyDescription("queue_sizes", "[N,...]", required: true, "descriptors of each queue"),
           KeyDescription("id", "NAME", "name of the device"),
-        ] + deathKeys), .many, group: "Devices", summary: "any virtio device behind a vhost-user socket",
+        ] + deathKeys + ResourceLimits.keys), .many, group: "Devices", summary: "any virtio device behind a vhost-user socket",
       example: "--generic-vhost-user socket=fs.sock,device_type=fs,queue_sizes=[128,128]"
     ) { (draft, values) throws(ConfigurationError) in
       let typeText = try values.required("device_type")
@@ -283,7 +283,7 @@ extension VMConfiguration {
       }
       let generic = GenericVhostUser(
         id: "", source: try values.externalSource(), deviceType: type, queueSizes: sizes, death: try values.deathPolicy())
-      draft.add(.generic(generic), id: try values.id(), option: values.option)
+      draft.add(.generic(generic), id: try values.id(), option: values.option, limits: try values.limits())
     },
   ]
 
@@ -291,7 +291,7 @@ extension VMConfiguration {
     keys: [
       KeyDescription("file", "PATH", "output is appended to the file"),
       KeyDescription("socket", "PATH", "listening Unix socket made for it"),
-    ],
+    ] + ResourceLimits.keys,
     words: [
       KeyDescription("tty", "", "the terminal that martlet runs on"),
       KeyDescription("pty", "", "a new pseudo-terminal, whose path is printed"),
@@ -303,11 +303,17 @@ extension VMConfiguration {
     Option(
       "console", terminalShape, group: "Consoles",
       summary: "virtio console (hvc0); tty when left out", example: "--console tty"
-    ) { (draft, values) throws(ConfigurationError) in draft.console = try terminal(values) },
+    ) { (draft, values) throws(ConfigurationError) in
+      draft.console = try terminal(values)
+      draft.limit(Reserved.console, try values.limits())
+    },
     Option(
       "serial", terminalShape, group: "Consoles",
       summary: "serial port (ttyS0); null when left out", example: "--serial file=boot.log"
-    ) { (draft, values) throws(ConfigurationError) in draft.serial = try terminal(values) },
+    ) { (draft, values) throws(ConfigurationError) in
+      draft.serial = try terminal(values)
+      draft.limit(Reserved.serial, try values.limits())
+    },
   ]
 
   /// What `martlet ctl add` reads: the devices, and a console without the terminal of `martlet run`, which has its owner.
@@ -320,7 +326,7 @@ extension VMConfiguration {
         KeyDescription("file", "PATH", "output is appended to the file"),
         KeyDescription("socket", "PATH", "listening Unix socket made for it"),
         KeyDescription("id", "NAME", "name of the device; con1, con2, ... when left out"),
-      ] + deathKeys,
+      ] + ResourceLimits.keys + deathKeys,
       words: [
         KeyDescription("pty", "", "a new pseudo-terminal, whose path is told"),
         KeyDescription("null", "", "output is dropped"),
@@ -336,16 +342,19 @@ extension VMConfiguration {
     } else {
       terminal = values.has(word: "pty") ? .pty : .null
     }
-    draft.add(.console(Console(id: "", terminal: terminal, death: try values.deathPolicy())), id: try values.id(), option: values.option)
+    draft.add(
+      .console(Console(id: "", terminal: terminal, death: try values.deathPolicy())), id: try values.id(), option: values.option,
+      limits: try values.limits())
   }
 
   private static func terminal(_ values: OptionValues) throws(ConfigurationError) -> Terminal {
-    guard values.parts.count == 1 else {
+    let target = values.parts.filter { part in !ResourceLimits.keys.contains { $0.name == part.key } }
+    guard target.count == 1 else {
       throw values.badText("one of tty, pty, file=PATH, socket=PATH, null, off")
     }
     if let path = try values.path("file") { return .file(path) }
     if let path = try values.socketPath("socket") { return .socket(path) }
-    switch values.parts[0].key {
+    switch target[0].key {
     case "tty": return .tty
     case "pty": return .pty
     case "null": return .null
@@ -402,6 +411,14 @@ extension VMConfiguration {
       "hardened", .none, group: "Running", summary: "refuse to start where the host lacks a part of the walls",
       example: "--hardened"
     ) { (draft, _) throws(ConfigurationError) in draft.result.isHardened = true },
+    Option(
+      "cgroup", .text("PATH"), group: "Running",
+      summary: "where to make control groups, or off; in our own, if ours alone, when left out",
+      example: "--cgroup /sys/fs/cgroup/machines"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard isPath(values.text) else { throw values.badText("a directory of a cgroup2 file system, or off") }
+      draft.result.controlGroup = values.text == "off" ? .off : .below(values.text)
+    },
     Option(
       "uid-base", .text("UID"), group: "Running",
       summary: "first of 60 uids for the VM's processes when run as root", example: "--uid-base 1900000000"

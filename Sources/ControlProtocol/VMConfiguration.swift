@@ -194,6 +194,14 @@ package struct VMConfiguration: Equatable, Sendable {
     case log
   }
 
+  /// Where the processes' control groups are made.
+  package enum ControlGroup: Equatable, Sendable {
+    /// In the group that we run in, if it is ours alone.
+    case own
+    case below(String)
+    case off
+  }
+
   package var name = "vm"
   package var kernel = ""
   package var initramfs: String?
@@ -222,6 +230,9 @@ package struct VMConfiguration: Equatable, Sendable {
   package var sandbox: Sandbox?
   /// No start without the full set of walls.
   package var isHardened = false
+  package var controlGroup = ControlGroup.own
+  /// By device, where there are any.
+  package var limits: [String: ResourceLimits] = [:]
   /// First uid of the range for this VM's processes; nil lets the supervisor choose.
   package var uidBase: UInt32?
 

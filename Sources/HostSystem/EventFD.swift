@@ -26,14 +26,30 @@ public struct EventFD: ~Copyable, Sendable {
     _ = unsafe Glibc.write(fd.rawValue, &one, 8)
   }
 
+  /// As `signal`, for an event whose description a distrusted peer shares: whatever the peer does to it, this comes back. On
+  /// the thread that `WaitBreaker` protects within milliseconds; on others it is asked first whether there is room, and a peer
+  /// can win the race against that.
+  @inline(__always)
+  public borrowing func signalDistrusted() {
+    if clinux_breaker_begin() != 0 {
+      signal()
+      clinux_breaker_end()
+    } else if hasRoomNow() {
+      signal()
+    }
+  }
+
   /// Takes the counter's value and resets it; 0 when it was not signalled. Asks for readiness first, because the peer may
-  /// have made the shared description blocking.
+  /// have made the shared description blocking; against a peer that empties it just then there is the `WaitBreaker`.
   @discardableResult
   public borrowing func drain() -> UInt64 {
     guard isSignalled else { return 0 }
     var value: UInt64 = 0
+    let isProtected = clinux_breaker_begin() != 0
     // SAFETY: eight bytes of ours.
-    return unsafe Glibc.read(fd.rawValue, &value, 8) == 8 ? value : 0
+    let count = unsafe Glibc.read(fd.rawValue, &value, 8)
+    if isProtected { clinux_breaker_end() }
+    return count == 8 ? value : 0
   }
 
   /// Takes the value when the loop has just reported the descriptor readable and nobody else reads it.
@@ -60,5 +76,14 @@ public struct EventFD: ~Copyable, Sendable {
     var entry = pollfd(fd: fd.rawValue, events: events, revents: 0)
     // SAFETY: one pollfd, alive for the call.
     return unsafe poll(&entry, 1, 0) > 0 && entry.revents & events != 0
+  }
+}
+
+/// Ends waits of one thread that a peer can cause by what it does to a shared open file description.
+public enum WaitBreaker {
+  /// Protects the calling thread, which must be the only one of its process that does this. Before its system calls are
+  /// filtered.
+  public static func protectThisThread() throws(SystemError) {
+    _ = try checked(clinux_breaker_prepare(), "make a timer")
   }
 }

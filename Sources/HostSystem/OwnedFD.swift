@@ -156,6 +156,8 @@ public struct FileStatus: Sendable {
   /// Of a device file, the device it stands for.
   public let specialDevice: UInt64
   public let inode: UInt64
+  /// Of a device node, the device that it stands for; 0 for everything else.
+  public let representedDevice: UInt64
   /// Preferred I/O size in bytes (`st_blksize`); the huge page size on hugetlbfs.
   public let blockSize: Int
 
@@ -174,6 +176,7 @@ public struct FileStatus: Sendable {
     device = UInt64(raw.st_dev)
     specialDevice = UInt64(raw.st_rdev)
     inode = UInt64(raw.st_ino)
+    representedDevice = UInt64(raw.st_rdev)
     blockSize = Int(raw.st_blksize)
   }
 }

@@ -100,6 +100,20 @@ extension Machine {
     }
   }
 
+  // MARK: doorbells
+
+  /// Kicks the back end of a device for the doorbells that were rung past KVM. On the thread that takes events.
+  package func passKicksOn(_ index: Int) {
+    var events: [SharedEvent] = []
+    deviceLock.withLock {
+      guard let slot = devices.virtio.first(where: { $0.index == index }) else { return }
+      events = slot.dueKicks.map { slot.kicks[$0] }
+      slot.dueKicks.removeAll()
+    }
+    // Without the lock: the back end can make this take some milliseconds.
+    for event in events { event.event.signalDistrusted() }
+  }
+
   // MARK: reset
 
   /// Puts the platform and all functions back to the state after power-on. Functions with active queues post `.reset` and

@@ -42,6 +42,8 @@ package enum MachineEvent: Sendable {
   case device(Int, TransportEffect)
   /// The guest has let go of a device, which is off the bus now.
   case ejected(Int)
+  /// Doorbells of a device that KVM does not pass on: `passKicksOn`.
+  case kicks(Int)
   /// An oddity that was absorbed; worth a log line.
   case warning(String)
 }

@@ -37,6 +37,8 @@ final class VirtioSlot {
   var mappedAt: UInt64?
   var isOnBus = true
   var registeredDoorbells: [Bool]
+  /// Queues whose doorbells the guest has rung past KVM; the thread that takes events passes it on.
+  var dueKicks: Set<Int> = []
 
   /// Device number on the bus.
   var pciDevice: UInt8 { UInt8(position % 31 + 1) }
@@ -83,9 +85,12 @@ extension Devices {
           unmasked.append(vector)
         }
       case .notify(let queue):
-        // A doorbell that KVM does not watch, or one whose registration the guest made impossible.
-        // A counter that is full already says it, and writing to it could block where the back end made it so.
-        if queue < slot.kicks.count, slot.kicks[queue].event.hasRoomNow() { slot.kicks[queue].event.signal() }
+        // A doorbell that KVM does not watch, or one whose registration the guest made impossible. No processor writes to what
+        // a back end shares.
+        guard queue < slot.kicks.count else { break }
+        let isFirst = slot.dueKicks.isEmpty
+        slot.dueKicks.insert(queue)
+        if isFirst { machine.post(.kicks(slot.index)) }
       case .signal(let vector): interrupt(slot, vector, machine)
       case .activate, .reset, .queueReset, .queueEnabled, .queueVectorChanged, .configurationWritten:
         machine.post(.device(slot.index, effect))

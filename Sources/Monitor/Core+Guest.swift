@@ -44,6 +44,7 @@ extension Core {
       case .device(let index, let effect):
         if let device = devices.first(where: { $0.index == index }) { device.frontEnd.handle(effect, now: .now) }
       case .ejected(let index): if let device = devices.first(where: { $0.index == index }) { leave(device) }
+      case .kicks(let index): machine.passKicksOn(index)
       case .warning(let text): Log.warning(text)
       case .resetRequested:
         // One processor asked; what others asked in the same moment is the same reset.

@@ -28,6 +28,7 @@ package enum CoreProgram {
       try ProcessWalls.raise(title: parsed.title)
       try ProcessWalls.closeFiles(parsed.walls)
       Signals.ignoreBrokenPipes()
+      try WaitBreaker.protectThisThread()
       return try serve(socket, walls: parsed.walls)
     } catch let error as SandboxError {
       Log.error(error.message)

@@ -9,6 +9,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
   case console
   case core
   case device
+  case guardianGroups = "guardian-groups"
   case guardian
   case net
   case processor
@@ -40,7 +41,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 12, reason: "brk"),
         SystemCallRule(number: 14, reason: "rt_sigprocmask"),
         SystemCallRule(number: 228, reason: "clock_gettime"),
-        SystemCallRule(number: 318, reason: "getrandom"),
         SystemCallRule(number: 39, reason: "getpid"),
         SystemCallRule(number: 186, reason: "gettid"),
         SystemCallRule(
@@ -57,7 +57,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 75, reason: "fdatasync"),
         SystemCallRule(
           number: 285, conditions: [.init(argument: 1, test: .anyOf([1, 3, 17]))], reason: "fallocate"),
-        SystemCallRule(number: 15, reason: "rt_sigreturn"),
         SystemCallRule(
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
         SystemCallRule(
@@ -74,7 +73,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
     case .block:
       [
         SystemCallRule(number: 426, reason: "io_uring_enter"),
-        SystemCallRule(number: 15, reason: "rt_sigreturn"),
         SystemCallRule(
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
         SystemCallRule(number: 24, reason: "sched_yield"),
@@ -107,6 +105,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0xae80))], reason: "ioctl"),
         SystemCallRule(number: 290, reason: "eventfd2"),
         SystemCallRule(number: 286, reason: "timerfd_settime"),
+        SystemCallRule(number: 223, reason: "timer_settime"),
         SystemCallRule(number: 15, reason: "rt_sigreturn"),
         SystemCallRule(number: 17, reason: "pread64"),
         SystemCallRule(
@@ -116,7 +115,18 @@ package enum SystemCallList: String, CaseIterable, Sendable {
       ]
     case .device:
       [
-        SystemCallRule(number: 292, reason: "dup3")
+        SystemCallRule(number: 292, reason: "dup3"),
+        SystemCallRule(number: 223, reason: "timer_settime"),
+        SystemCallRule(number: 15, reason: "rt_sigreturn"),
+      ]
+    case .guardianGroups:
+      [
+        SystemCallRule(number: 1, reason: "write"),
+        SystemCallRule(number: 217, reason: "getdents64"),
+        SystemCallRule(number: 8, reason: "lseek"),
+        SystemCallRule(
+          number: 263, conditions: [.init(argument: 2, test: .masked(.max, equals: 0x200))], reason: "unlinkat"),
+        SystemCallRule(number: 7, reason: "poll"),
       ]
     case .guardian:
       [
@@ -151,7 +161,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 186, reason: "gettid"),
         SystemCallRule(
           number: 234, conditions: [.init(argument: 0, test: .ownProcess)], reason: "tgkill"),
-        SystemCallRule(number: 0, reason: "read"),
         SystemCallRule(number: 3, reason: "close"),
         SystemCallRule(number: 228, reason: "clock_gettime"),
         SystemCallRule(

@@ -34,6 +34,9 @@ package struct ChildLaunch {
   /// put on themselves.
   package var jail: JailWalls?
 
+  /// The directory of its control group, lent for the call of `start`; nil: the launcher's.
+  package var group: CInt?
+
   /// The most descriptors that can be handed over.
   package static let descriptorLimit = 32
 
@@ -77,7 +80,8 @@ package struct ChildLaunch {
           executable: executable, arguments: argv, descriptors: numbers.baseAddress,
           descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
           gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
-          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal, jail: nil)
+          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal,
+          group: group ?? -1, jail: nil)
         guard let jail else { return unsafe csandbox_start(&launch, &pidfd, &report) }
         return unsafe jail.withStructure { structure in
           unsafe launch.jail = structure

@@ -11,7 +11,7 @@ import HostSystem
 final class Spawner {
   private enum Order: UInt8 {
     case start = 1
-    case image, connect, tidy, startJailed, resize, order, forget, recording, adopt, drop
+    case image, connect, tidy, startJailed, resize, order, forget, recording, adopt, drop, usage
   }
 
   private enum Outcome: UInt8 {
@@ -100,6 +100,12 @@ final class Spawner {
     return answer?.2.first
   }
 
+  /// What a process uses, as `ProcessUsage` writes it; nil when it cannot be told.
+  func usage(_ id: String, _ number: Int32) -> String? {
+    guard let (outcome, _, _, text) = try? askAll(.usage, "\(id) \(number)", []), outcome == .done else { return nil }
+    return text
+  }
+
   /// Unlinks files and puts the terminal right.
   func tidy() { _ = try? ask(.tidy, "") }
 
@@ -134,10 +140,11 @@ final class Spawner {
     else { throw Self.lost }
     let (bytes, received) = Self.receive(socket)
     guard let bytes, bytes.count >= 5, let outcome = Outcome(rawValue: bytes[0]) else { throw Self.lost }
-    if outcome == .failed { throw .launch(String(decoding: bytes[5...], as: UTF8.self)) }
+    let text = String(decoding: bytes[5...], as: UTF8.self)
+    if outcome == .failed { throw .launch(text) }
     var number: UInt32 = 0
     for index in 0..<4 { number |= UInt32(bytes[1 + index]) << (8 * UInt32(index)) }
-    return (outcome, Int32(bitPattern: number), received, String(decoding: bytes[5...], as: UTF8.self))
+    return (outcome, Int32(bitPattern: number), received, text)
   }
 
   /// nil: the other end is gone.
@@ -174,7 +181,7 @@ final class Spawner {
           var launch = known.launch
           if supervisor.newLaunches.remove(id) == nil { launch.arguments.append(Supervisor.standbyArgument) }
           launch.descriptors = [null.rawValue, null.rawValue, 2] + received.map(\.number)
-          let child = try supervisor.start(launch, known.program, asSibling: true)
+          let child = try supervisor.start(launch, known.program, of: id, asSibling: true)
           descriptors = [try copy(child.process.fd), try copy(child.report)]
           number = child.process.processID
         case .startJailed:
@@ -203,6 +210,10 @@ final class Spawner {
           let words = id.split(separator: " ").map(String.init)
           guard words.count == 2, let number = Int(words[1]) else { throw unknown(id) }
           descriptors = [FDBox(try supervisor.recordingFile(words[0], number))]
+        case .usage:
+          let words = id.split(separator: " ").map(String.init)
+          guard words.count == 2, let process = Int32(words[1]) else { throw unknown(id) }
+          text = ProcessUsage.text(of: process, group: supervisor.groups?.member(words[0]))
         case .tidy: supervisor.guardian.tidy()
         case .order:
           guard let client = received.first?.take() else { throw unknown("") }

@@ -54,6 +54,8 @@ package enum SupervisionError: Error, Sendable {
   case identities(String)
   /// Parts of the walls are not to be had here, and `--hardened` wants all.
   case notHardened(lacks: [String])
+  /// A limit cannot be kept here. The sentence says which and what to do.
+  case limits(String)
   /// An external back end cannot be started in its jail.
   case jail(String, JailError)
   /// A kernel call that fails only when the host is exhausted.
@@ -64,7 +66,8 @@ package enum SupervisionError: Error, Sendable {
     case .file, .wrongKind, .empty, .tooLarge, .imageInUse, .tapMissing, .tapBusy, .notATap, .tap, .backendSocket,
       .ownSocket:
       .resource
-    case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .notHardened, .system:
+    case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .notHardened, .limits,
+      .system:
       .host
     case .jail(_, .host), .jail(_, .step): .host
     case .jail: .resource
@@ -132,7 +135,7 @@ package enum SupervisionError: Error, Sendable {
     case .core(_, let sentence): sentence
     case .coreProtocol(let error): "\(error.message); are all programs of one version?"
     case .coreLost(let end): "The core process \(end); the VM has ended"
-    case .identities(let sentence): sentence
+    case .identities(let sentence), .limits(let sentence): sentence
     case .notHardened(let lacks):
       "This host cannot build all walls, and --hardened wants them: \(lacks.joined(separator: ". ")). "
         + "Mend the host or leave out --hardened"

@@ -124,7 +124,12 @@ extension Supervisor {
       .init("kernel", .string(configuration.kernel)), .init("supervisor", .unsigned(UInt64(getpid()))),
       .init("sandbox", .string(walls.mode.rawValue)),
       .init("namespaces", .array(walls.namespaces.names.map { .string($0) })),
+      .init("cgroup", groups.map { .string($0.directory) } ?? .null),
+      .init(
+        "controllers",
+        .array(ControlGroups.Controller.allCases.filter { groups?.controllers.contains($0) == true }.map { .string($0.rawValue) })),
     ]
+    if let groupsLack { members.append(.init("no_cgroup", .string(groupsLack))) }
     if let information {
       members.append(.init("uptime_ns", .unsigned(information.uptime)))
       members.append(.init("resets", .unsigned(UInt64(information.resetCount))))
@@ -142,14 +147,16 @@ extension Supervisor {
     case .ready: state = "running"
     case .ended(let end): state = end.description
     }
-    let usage = process.isAlive ? ProcessUsage(process.processID) : nil
+    let usage = usage(of: process)
     let ready = process.readyTime.map { UInt64(clamping: $0.since(process.startTime).nanoseconds) }
     return [
       .init("id", .string(process.id)), .init("program", .string(process.program)),
       .init("pid", .unsigned(UInt64(process.processID))),
       .init("uid", .unsigned(UInt64(process.identity?.uid ?? userID))), .init("process", .string(state)),
       .init("ready_ns", ready.map { .unsigned($0) } ?? .null),
-      .init("cpu_ns", usage?.processorTime.map { .unsigned($0) } ?? .null),
+      .init("cpu_ns", usage?[.processorTime].map { .unsigned($0) } ?? .null),
+      .init(
+        "usage", .object(ProcessUsage.Key.allCases.compactMap { key in usage?[key].map { .init(key.rawValue, .unsigned($0)) } })),
     ]
   }
 

@@ -15,9 +15,9 @@ extension Supervisor {
       var image: DeviceCare.Image?
       for disk in configuration.disks where disk.id == id {
         if case .image(let path, let readOnly) = disk.source, let resource = resources.first {
-          image = DeviceCare.Image(
-            path: path, readOnly: readOnly, isShared: disk.isShared,
-            status: isOpenedHere ? try HostFiles.status(resource.number) : nil)
+          let status = isOpenedHere ? try HostFiles.status(resource.number) : nil
+          image = DeviceCare.Image(path: path, readOnly: readOnly, isShared: disk.isShared, status: status)
+          if let status { try findStorage(id, path, status) }
         }
       }
       return DeviceCare(id, .program(program, arguments: arguments, isOnTerminal: isOnTerminal), policy, image: image)

@@ -76,7 +76,7 @@ extension Supervisor {
     // KVM makes a thread of its own in the process that runs guests.
     launch.threadLimit = UInt64(configuration.cpuCount) + Self.spareThreads
     coreIndex = processes.count
-    try launchProcess("core", "martlet-core", launch, readyPipe: nil, isOnTerminal: false)
+    try launchProcess(VMConfiguration.Reserved.core, "martlet-core", launch, readyPipe: nil, isOnTerminal: false)
     let channel = CoreChannel(pair.first)
     self.channel = channel
     try watch(channel.number, .core)
@@ -218,7 +218,7 @@ extension Supervisor {
     if let spawner {
       child = try spawner.start(id, Array(launch.descriptors.dropFirst(Spawner.ownDescriptors)))
     } else {
-      child = try start(launch, program)
+      child = try start(launch, program, of: id)
       if knownLaunches[id] == nil { knownLaunches[id] = (program, launch) }
     }
     return try enlist(
@@ -239,7 +239,7 @@ extension Supervisor {
   }
 
   /// The start itself: here before our own walls stand, afterwards in the spawner.
-  func start(_ launch: ChildLaunch, _ program: String, asSibling: Bool = false) throws(SupervisionError) -> StartedChild {
+  func start(_ launch: ChildLaunch, _ program: String, of id: String, asSibling: Bool = false) throws(SupervisionError) -> StartedChild {
     let executable: OwnedFD
     if program.contains("/") {
       do { executable = try OwnedFD.open(program, pathOnly) } catch { throw .file(what: "program", path: program, error.errno) }
@@ -249,6 +249,10 @@ extension Supervisor {
       case .none: throw .program(name: program, directory: "", .noEntry)
       }
     }
+    let group = try openGroup(id)
+    var launch = launch
+    launch.group = group?.number
+    defer { group?.close() }
     do { return try launch.start(executable, asSibling: asSibling) } catch {
       throw .launch(error.message + (walls.mode == .off ? "" : Stage.fork.remedy))
     }

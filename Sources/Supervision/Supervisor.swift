@@ -52,6 +52,11 @@ package final class Supervisor {
   var identities: Identities
   /// What the processes are walled in with.
   let walls: Walls
+  /// The processes' control groups, or why there are none.
+  let groups: ControlGroups?
+  let groupsLack: String?
+  /// The disks below images, for those whose limits name one.
+  var storage: [String: StorageDevice] = [:]
   var loop: EventLoop<Token>
   let signals: OwnedFD
   let guardian: TerminalGuard
@@ -125,6 +130,7 @@ package final class Supervisor {
     programs = try Programs()
     identities = try Identities(requested: configuration.uidBase)
     walls = try Walls(configuration, identities)
+    (groups, groupsLack) = try Self.makeGroups(configuration)
     loop = try attempt { () throws(SystemError) in
       try EventLoop<Token>()
     } or: {
@@ -138,7 +144,8 @@ package final class Supervisor {
     Signals.ignoreBrokenPipes()
     guardian = try TerminalGuard(
       title: "vm/\(configuration.name)",
-      usesTerminal: configuration.console == .tty || configuration.serial == .tty, walls: walls.mode)
+      usesTerminal: configuration.console == .tty || configuration.serial == .tty, walls: walls.mode,
+      groups: groups)
     userID = geteuid()
   }
 

@@ -22,11 +22,14 @@ final class TerminalGuard {
   private var madeNonBlocking: [CInt] = []
 
   private let walls: WallMode
+  /// The control groups of the VM, which go at the end.
+  private let groups: ControlGroups?
 
   /// - Parameters:
   ///   - usesTerminal: a console or the serial port is on our terminal.
   ///   - walls: how the guardian is closed in.
-  init(title: String, usesTerminal: Bool, walls: WallMode) throws(SupervisionError) {
+  init(title: String, usesTerminal: Bool, walls: WallMode, groups: ControlGroups?) throws(SupervisionError) {
+    self.groups = groups
     self.title = title
     self.walls = walls
     // Putting the settings back from the background must not stop us.
@@ -34,7 +37,7 @@ final class TerminalGuard {
     // SAFETY: `settings` is ours and alive for the call.
     let isTerminal = unsafe tcgetattr(0, &settings) == 0
     terminal = usesTerminal && isTerminal ? 0 : -1
-    if terminal >= 0 { try startGuardian() }
+    if terminal >= 0 || groups != nil { try startGuardian() }
   }
 
   var isOnTerminal: Bool { terminal >= 0 }
@@ -97,7 +100,7 @@ final class TerminalGuard {
   private func startGuardian() throws(SupervisionError) {
     var pidfd: CInt = -1
     var end: CInt = -1
-    let filter = ProcessWalls.filter([.guardian], walls)
+    let filter = ProcessWalls.filter(groups == nil ? [.guardian] : [.guardian, .guardianGroups], walls)
     let text = Array("\(title)/guardian".utf8CString)
     // SAFETY: title, settings and filter live for the call; the child works on its own copy of memory. `Instruction` has the
     // layout of struct sock_filter.
@@ -106,8 +109,12 @@ final class TerminalGuard {
         unsafe (filter?.instructions ?? []).withUnsafeBytes { program in
           var guardian = unsafe csandbox_guardian(
             title: name.baseAddress, terminal: terminal, settings: settings, filter: filter == nil ? nil : program.baseAddress,
-            filter_length: UInt16(filter?.instructions.count ?? 0), drops_privileges: walls == .off ? 0 : 1)
-          return unsafe csandbox_start_guardian(&guardian, &pidfd, &end)
+            filter_length: UInt16(filter?.instructions.count ?? 0), groups: nil, drops_privileges: walls == .off ? 0 : 1)
+          guard let groups else { return unsafe csandbox_start_guardian(&guardian, &pidfd, &end) }
+          return unsafe groups.withGuarded { groups in
+            unsafe guardian.groups = groups
+            return unsafe csandbox_start_guardian(&guardian, &pidfd, &end)
+          }
         }
       }
     }
@@ -118,7 +125,7 @@ final class TerminalGuard {
   }
 
   /// What a hung file system may cost us.
-  private static let patience = Duration.seconds(2)
+  private static let patience = Duration.seconds(4)
 
   /// Puts everything right; idempotent. Files and terminal are the guardian's, because we may have walls around us.
   /// - Returns: false when there was no guardian any more to do its part.
@@ -175,5 +182,6 @@ final class TerminalGuard {
       // SAFETY: `settings` was filled in `init`.
       _ = unsafe tcsetattr(terminal, TCSANOW, &settings)
     }
+    groups?.remove()
   }
 }

@@ -107,7 +107,9 @@ enum ControlText {
   }
 
   private static func devices(_ answer: JSONValue) -> String {
-    var rows = [["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "CPU", "STATE", "QUEUES", "FEATURES"]]
+    var rows = [
+      ["DEVICE", "TYPE", "SLOT", "PROGRAM", "PID", "UID", "CPU", "MEMORY", "THREADS", "READ", "WRITTEN", "STATE", "QUEUES", "FEATURES"]
+    ]
     for device in answer["devices"]?.array ?? [] {
       let queues = (device["queues"]?.array ?? []).map { queue in
         let waits = queue["waiting_ns"]?.unsigned.map { " (\(queue["waiting"]?.unsigned.map(String.init) ?? "some") wait \(duration($0)))" }
@@ -117,12 +119,23 @@ enum ControlText {
       rows.append([
         device["id"]?.string ?? "", device["type"]?.string ?? "", number(device["slot"]),
         device["program"]?.string ?? "", number(device["pid"]), number(device["uid"]),
-        device["cpu_ns"]?.unsigned.map(duration) ?? "-",
+        device["cpu_ns"]?.unsigned.map(duration) ?? "-", amount(device, "memory_rss"), number(device["usage"]?["threads"]),
+        amount(device, "group_io_read", or: "io_read"), amount(device, "group_io_written", or: "io_written"),
         device["state"]?.string ?? "",
         queues.joined(separator: ","), features.joined(separator: " "),
       ])
     }
     return Output.table(rows)
+  }
+
+  /// Bytes of what a process uses: `3.2M`.
+  private static func amount(_ device: JSONValue, _ key: String, or other: String = "") -> String {
+    guard let count = (device["usage"]?[key] ?? device["usage"]?[other])?.unsigned else { return "-" }
+    for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] as [(UInt64, String)] where count >= 1 << shift {
+      let tenths = (count >> shift) * 10 + (count & ((1 << shift) - 1)) * 10 >> shift
+      return tenths % 10 == 0 || tenths >= 1000 ? "\(tenths / 10)\(unit)" : "\(tenths / 10).\(tenths % 10)\(unit)"
+    }
+    return "\(count)"
   }
 
   private static func number(_ value: JSONValue?) -> String { value?.unsigned.map { "\($0)" } ?? "-" }

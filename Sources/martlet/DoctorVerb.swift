@@ -50,7 +50,7 @@ enum Doctor {
   static func examine() -> [Finding] {
     KVMExamination.findings() + [
       HostExamination.identities(), HostExamination.landlock(), HostExamination.asynchronousIO(),
-      HostExamination.userNamespaces(), HostExamination.hugePages(), HostExamination.tun(),
+      HostExamination.userNamespaces(), HostExamination.controlGroups(), HostExamination.hugePages(), HostExamination.tun(),
     ]
   }
 

@@ -66,6 +66,23 @@ enum HostExamination {
     return Finding("user namespaces", .good, "available")
   }
 
+  /// Version 2, for the limits of devices.
+  static func controlGroups() -> Finding {
+    let remedy = "boot with systemd.unified_cgroup_hierarchy=1; limits of devices (cpu-limit= and others) need them"
+    var point: String?
+    for line in (read("/proc/self/mountinfo") ?? "").split(separator: "\n") where line.contains(" - cgroup2 ") {
+      point = line.split(separator: " ").dropFirst(4).first.map(String.init)
+    }
+    guard let point, let offered = read(point + "/cgroup.controllers") else {
+      return Finding("control groups", .limited, "version 2 is not mounted", remedy: remedy)
+    }
+    let missing = ["cpu", "memory", "io", "pids"].filter { name in !offered.split { $0 == " " || $0 == "\n" }.contains(Substring(name)) }
+    guard missing.isEmpty else {
+      return Finding("control groups", .limited, "version 2 lacks the controllers \(missing.joined(separator: ", "))", remedy: remedy)
+    }
+    return Finding("control groups", .good, "version 2 with cpu, memory, io, pids at \(point)")
+  }
+
   static func hugePages() -> Finding {
     let folder = "/sys/kernel/mm/hugepages/hugepages-2048kB/"
     let free = number(folder + "free_hugepages")

@@ -39,6 +39,30 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(vm.disks[2].serial == "S1")
   }
 
+  @Test func limitsBelongToTheDeviceTheyStandAt() throws {
+    let vm = try parse(
+      "--kernel", "k", "--memory", "size=64M", "--disk", "path=a,cpu-limit=150%,memory-limit=1G,pids-limit=40,io-read-limit=10M",
+      "path=b", "--net", "tap=t,cpu-weight=7", "--rng", "on,cpu-limit=1%", "--console", "null,cpu-limit=2%", "--cgroup", "/x")
+    #expect(vm.limits.keys.sorted() == ["blk0", "con0", "net0", "rng0"])
+    let limits = vm.limits(of: "blk0")
+    #expect(limits.processorPercent == 150 && limits.memory == 1 << 30 && limits.threads == 40 && limits.readRate == 10 << 20)
+    #expect(vm.limits(of: "blk1").isEmpty && vm.limits(of: "net0").processorWeight == 7)
+    #expect(vm.console == .null && vm.controlGroup == .below("/x"))
+  }
+
+  @Test func impossibleLimitsAreRefusedWithTheRemedy() {
+    for (value, hint) in [
+      ("cpu-limit=50", "from 1% to 100000%"), ("cpu-limit=0%", "from 1%"), ("cpu-limit=-1%", "from 1%"), ("cpu-weight=0", "1 to 10000"),
+      ("io-weight=10001", "1 to 10000"), ("pids-limit=0", "1 to 1000000"), ("memory-limit=1", "16M to 1024T"),
+      ("memory-limit=2000T", "16M to 1024T"), ("memory-limit=512M", "at least 528M"), ("io-read-limit=1", "4K to 1024T"),
+      ("cpu-limit=1e99%", "from 1%"),
+    ] { #expect(complaint("--disk", "path=a,\(value)")?.contains(hint) == true, "\(value)") }
+    #expect(complaint("--disk", "vhost_user=on,socket=s,cpu-limit=5%")?.contains("where it is started") == true)
+    #expect(complaint("--disk", "path=a,cpulimit=5%")?.contains("'cpu-limit'") == true)
+    #expect(complaint("--disk", "path=a,memory-limit=528M") == nil)
+    #expect(complaint("--console", "tty,null") != nil && complaint("--console", "cpu-limit=5%") != nil)
+  }
+
   @Test func automaticIDsKeepClearOfGivenOnes() throws {
     let vm = try parse("--kernel", "k", "--disk", "path=a", "path=b,id=blk0", "--net", "tap=t0")
     #expect(vm.disks.map(\.id) == ["blk1", "blk0"])

@@ -16,6 +16,7 @@ struct Hostile {
     ("template", [.base, .device]),
     ("console", [.base, .device, .console]), ("core", [.base, .core]), ("processor", [.processor]),
     ("supervisor", [.supervisor]), ("guardian", [.guardian]),
+    ("guardian-groups", [.guardian, .guardianGroups]),
   ]
 
   /// Each attack with how it ended: "killed 31", or "got N".

@@ -86,12 +86,12 @@ import Testing
     var maps: Set<String> = []
   }
 
-  /// A VM with a disk, a card, two consoles and two processors.
+  /// A VM with a disk, a card, a source of random bytes, two consoles and two processors.
   private static let declared: [String: Declared] = [
     "core": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 16384, "processes": 18],
       files: [
-        "null": 2, "pipe": 1, "socket": 7, "[eventpoll]": 1, "[timerfd]": 1, "[eventfd]": 14, "micro.elf": 1,
+        "null": 2, "pipe": 1, "socket": 8, "[eventpoll]": 1, "[timerfd]": 1, "[eventfd]": 17, "micro.elf": 1,
         "memfd:martlet-guest (deleted)": 2, "kvm-vm": 1, "kvm-vcpu:0": 1, "kvm-vcpu:1": 1,
       ], maps: ["memfd:martlet-guest (deleted)", "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vcpu:1"]),
     "blk0": Declared(
@@ -104,6 +104,12 @@ import Testing
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
       files: [
         "null": 2, "pipe": 1, "socket": 1, "tun": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 7, "memfd:inflight (deleted)": 1,
+      ], maps: ["memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
+    "rng0": Declared(
+      limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 49],
+      files: [
+        "null": 2, "pipe": 1, "socket": 1, "urandom": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 3,
+        "memfd:inflight (deleted)": 1,
       ], maps: ["memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
     "con0": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 82],
@@ -140,7 +146,8 @@ import Testing
     let vm = try RunningProgram(
       "/usr/bin/unshare",
       ["--net", "/bin/sh", "-c", script, "sh", BuiltPrograms.path("martlet")]
-        + Self.command(directory, "test=idle ms=60000", name: name) + ["--net", "tap=audit0", "--hardened"], directory: directory)
+        + Self.command(directory, "test=idle ms=60000", name: name)
+        + ["--net", "tap=audit0", "--rng", "on", "--cgroup", "off", "--hardened"], directory: directory)
     defer {
       vm.signal(SIGTERM)
       _ = vm.wait()
@@ -215,7 +222,10 @@ import Testing
     #expect(pidfds == Self.declared.count, "all but itself, and the spawner: \(supervisor)")
     #expect(
       supervisor.filter { !$0.key.contains("pidfd") }
-        == ["null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1, "memfd:statistics (deleted)": 3],
+        == [
+          "null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1, "urandom": 1,
+          "memfd:statistics (deleted)": 4,
+        ],
       "\(supervisor)")
 
     // The spawner: walls would be its children's. It has what a launch needs, and its order line.

@@ -135,6 +135,7 @@ struct MicroMachine {
           machine.resume()
         case .device(let index, let effect): onDevice(machine, index, effect)
         case .ejected(let index): machine.removeDevice(index)
+        case .kicks(let index): machine.passKicksOn(index)
         case .warning(let text): outcome.warnings.append(text)
         }
       }

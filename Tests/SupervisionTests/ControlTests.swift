@@ -28,7 +28,14 @@ struct ControlTests {
       #expect(devices[0]["queues"] == .array([.record(["size": .unsigned(256), "enabled": .bool(true)])]))
       #expect(devices[0]["features"] == .array([.string("EVENT_IDX"), .string("VERSION_1")]))
       #expect(devices[0]["protocol_features"] == .array([.string("REPLY_ACK")]))
+      // What the kernel says of the process, though supervisor and device are behind walls.
+      let usage = try #require(devices[0]["usage"])
+      for key in ["cpu_ns", "memory_rss", "memory_anonymous", "memory_pss", "threads"] {
+        #expect((usage[key]?.unsigned ?? 0) > 0, "\(key)")
+      }
+      #expect((usage["memory_rss"]?.unsigned ?? 0) < 64 << 20)
       let text = try home.ctl("devices").output.split(separator: "\n")
+      #expect(text[0].contains("CPU") && text[0].contains("MEMORY  THREADS  READ"))
       #expect(text.count == 3)
       #expect(text[0].hasPrefix("DEVICE  TYPE     SLOT  PROGRAM"))
       #expect(text[1].hasPrefix("blk0    block    1     martlet-block"))

@@ -405,6 +405,53 @@ import VirtioSpec
     }
   }
 
+  @Test(arguments: [0, 65537, 1 << 32, UInt64.max])
+  func anImpossibleNumberOfQueuesIsRefused(count: UInt64) throws {
+    var configuration = standardConfiguration()
+    configuration.wantedProtocolFeatures = [.mq]
+    configuration.configurationByteCount = 0
+    var peer = try ScriptedBackEnd(configuration)
+    peer.front.negotiate(now: peer.now)
+    while let message = try peer.nextOrNil() {
+      switch message {
+      case .getFeatures: peer.answer(.number(guestFeatures.union(.vhostUserProtocolFeatures).rawValue), to: 1)
+      case .getProtocolFeatures: peer.answer(.number(ProtocolFeatures.mq.rawValue), to: 15)
+      case .getQueueNum: peer.answer(.number(count), to: 17)
+      default: break
+      }
+      peer.front.receive(now: peer.now)
+    }
+    #expect(peer.events() == [.failed(.invalidValue(field: "queue count", value: count))])
+  }
+
+  /// None, two, or one that does not fit its words: closed, each of them.
+  @Test(arguments: [0, 2, 8, 253])
+  func anInflightAreaWithAnyOtherNumberOfDescriptorsIsRefused(count: Int) throws {
+    var configuration = standardConfiguration()
+    configuration.wantedProtocolFeatures = [.inflightShmFD]
+    configuration.configurationByteCount = 0
+    var peer = try ScriptedBackEnd(configuration)
+    let memory = try memoryObject("session")
+    let name = "inflight-bomb-\(count)"
+    let object = try memoryObject(name)
+    peer.front.negotiate(now: peer.now)
+    peer.front.activate(try sampleActivation(rings: 1, memory), now: peer.now)
+    while let message = try peer.nextOrNil() {
+      switch message {
+      case .getFeatures: peer.answer(.number(guestFeatures.union(.vhostUserProtocolFeatures).rawValue), to: 1)
+      case .getProtocolFeatures: peer.answer(.number(ProtocolFeatures.inflightShmFD.rawValue), to: 15)
+      case .getInflightFD(let wanted):
+        let entries = UInt64(wanted.queueCount) * UInt64(wanted.queueSize)
+        let area = InflightDescription(size: entries * 16 + 64, queueCount: wanted.queueCount, queueSize: wanted.queueSize)
+        peer.send(Reply.inflight(area).header(to: 31).encoded + area.encoded, Array(repeating: object.rawValue, count: count))
+      default: break
+      }
+      peer.front.receive(now: peer.now)
+    }
+    guard case .failed = peer.events().last else { Issue.record("\(count) descriptors were accepted"); return }
+    #expect(openDescriptors(of: name) == 1)
+  }
+
   @Test(arguments: [0, 2] as [UInt32])
   func aBaseOfAnotherRingThanTheOneAskedForIsRefused(index: UInt32) throws {
     var configuration = standardConfiguration()

@@ -49,6 +49,8 @@ struct csandbox_launch {
   uint64_t namespaces;
   // Sent to the child when the launching thread ends.
   int parent_death_signal;
+  // Directory of the control group that the child is born in, or -1.
+  int group;
   // For somebody else's program: what it sees and keeps, and its filter. NULL: nothing, and an empty root.
   const struct csandbox_jail *jail;
 };

@@ -21,13 +21,30 @@ struct csandbox_guardian {
   // struct sock_filter: the calls it is left with; NULL: all.
   const void *filter;
   unsigned short filter_length;
+  // NULL: there are none.
+  const struct csandbox_guarded_groups *groups;
   // Gives up all capabilities but those it needs to unlink.
   int drops_privileges;
 };
 
-// Forks the guardian. It holds a pipe and, with terminal >= 0, that descriptor and its settings, nothing else. When the
+// The control groups it takes away. The descriptors are of directories and files that were opened for it; -1: there is none.
+struct csandbox_guarded_groups {
+  // The VM's directory, its cgroup.kill and its parent.
+  int directory;
+  int kill;
+  int parent;
+  // The parent's cgroup.subtree_control and cgroup.procs, where the guardian itself has to leave a group.
+  int control;
+  int members;
+  // In the parent.
+  const char *name;
+  const char *own_name;
+};
+
+// Forks the guardian. It holds a pipe and, with terminal >= 0, that descriptor and its settings, and those of the groups, nothing else. When the
 // writing end of the pipe is closed - by the parent at its end, or because the parent is dead, however it died - it
-// unlinks the files it was told of, as long as they are the same files, puts the terminal right and exits.
+// unlinks the files it was told of, as long as they are the same files, ends what still runs in the control groups, takes
+// these away, puts the terminal right and exits.
 // Returns the process id; pidfd and the pipe's writing end are stored, close-on-exec. -errno when there is none.
 int csandbox_start_guardian(const struct csandbox_guardian *guardian, int *pidfd, int *pipe);
 

@@ -176,7 +176,10 @@ extension Supervisor {
     _ device: JailedDevice, _ identity: ChildIdentity?, null: CInt, asSibling: Bool
   ) throws(SupervisionError) -> (child: FDChild, ours: FDBox?, walls: JailWalls) {
     let connection = try device.connection()
-    let plan = try device.plan(identity, null: null, socket: connection?.theirs.number)
+    var plan = try device.plan(identity, null: null, socket: connection?.theirs.number)
+    let group = try openGroup(device.id)
+    plan.launch.group = group?.number
+    defer { group?.close() }
     do throws(JailError) {
       let child = FDChild(try plan.start(asSibling: asSibling))
       connection?.theirs.close()

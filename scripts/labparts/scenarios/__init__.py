@@ -40,7 +40,7 @@ def scenario(purpose, limit):
 
 def all_scenarios():
     """All scenarios by name, in the order of their files."""
-    from . import boot, disk, storage, net, console, power, control, foreign, devices, hotplug  # noqa: F401
+    from . import boot, disk, storage, net, console, power, control, groups, foreign, devices, hotplug  # noqa: F401
     return _scenarios
 
 
