@@ -106,7 +106,7 @@ extension Machine {
   package func passKicksOn(_ index: Int) {
     var events: [SharedEvent] = []
     deviceLock.withLock {
-      guard let slot = devices.virtio.first(where: { $0.index == index }) else { return }
+      guard let slot = devices.slot(index) else { return }
       events = slot.dueKicks.map { slot.kicks[$0] }
       slot.dueKicks.removeAll()
     }
