@@ -110,18 +110,9 @@ extension DeviceFrontEnd {
   func finishRestoring(isSuccessor: Bool = true) {
     isRestoring = false
     for vring in activation?.vrings ?? [] {
-      signal(vring.kick)
-      if let call = vring.call { signal(call) }
+      vring.kick.signalDistrusted()
+      vring.call?.signalDistrusted()
     }
     if isSuccessor { events.append(.restored) }
-  }
-
-  /// Adds one to an event that back ends share. They could have filled it and made writes wait, so room is asked for first.
-  private func signal(_ event: SharedDescriptor) {
-    var entry = pollfd(fd: event.fd.rawValue, events: Int16(POLLOUT), revents: 0)
-    var one: UInt64 = 1
-    // SAFETY: one pollfd and eight bytes of ours, alive for the calls.
-    guard unsafe poll(&entry, 1, 0) > 0, entry.revents & Int16(POLLOUT) != 0 else { return }
-    _ = unsafe write(event.fd.rawValue, &one, 8)
   }
 }

@@ -79,6 +79,22 @@ public struct EventFD: ~Copyable, Sendable {
   }
 }
 
+extension SharedDescriptor {
+  /// As `EventFD.signalDistrusted`, for the descriptor of an event.
+  package func signalDistrusted() {
+    var one: UInt64 = 1
+    let isProtected = clinux_breaker_begin() != 0
+    if !isProtected {
+      var entry = pollfd(fd: fd.rawValue, events: Int16(POLLOUT), revents: 0)
+      // SAFETY: one pollfd, alive for the call.
+      guard unsafe poll(&entry, 1, 0) > 0, entry.revents & Int16(POLLOUT) != 0 else { return }
+    }
+    // SAFETY: eight bytes of ours.
+    _ = unsafe Glibc.write(fd.rawValue, &one, 8)
+    if isProtected { clinux_breaker_end() }
+  }
+}
+
 /// Ends waits of one thread that a peer can cause by what it does to a shared open file description.
 public enum WaitBreaker {
   /// Protects the calling thread, which must be the only one of its process that does this. Before its system calls are

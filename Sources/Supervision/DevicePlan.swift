@@ -140,8 +140,8 @@ struct DevicePlanner {
         try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id, claims)
       }
       var arguments = Self.arguments(disk, readOnly)
-      // The process itself sees no /sys.
-      if let life = StorageLifetime.read(of: try HostFiles.status(image.number)) { arguments.append("--lifetime=\(life.text)") }
+      // The process itself sees no /sys, and neither does a supervisor behind its walls: there the spawner's plan counts.
+      if opened == nil, let life = StorageLifetime.read(of: try HostFiles.status(image.number)) { arguments.append("--lifetime=\(life.text)") }
       return DevicePlan(
         assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))
     }

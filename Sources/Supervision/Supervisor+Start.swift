@@ -32,12 +32,7 @@ extension Supervisor {
       pause: { [self] time in (try? signals.waitUntil(.readable, timeout: time)) == false })
     let devices = try planner.planDevices()
     assignments = devices.map(\.assignment)
-    for device in devices {
-      let id = device.assignment.id
-      cares[id] = try care(for: device)
-      // A disk may be given to our own program later.
-      if device.assignment.deviceType == .block { _ = try statisticsMemory(of: id, queueCount: device.assignment.queueSizes.count) }
-    }
+    for device in devices { cares[device.assignment.id] = try care(for: device) }
     var serial: TerminalPlan?
     if configuration.serial != .off, configuration.serial != .null {
       serial = try planner.planTerminal(configuration.serial, option: "--serial")
@@ -54,6 +49,10 @@ extension Supervisor {
     launches = devices.map { .device($0) }
     if let serial { try connectSerial(serial) }
     try send(.start(deviceCount: UInt16(devices.count)))
+    // A disk may be given to our own program later. Not before the guardian's fork, which has no use for this memory.
+    for device in devices where device.assignment.deviceType == .block {
+      _ = try statisticsMemory(of: device.assignment.id, queueCount: device.assignment.queueSizes.count)
+    }
     try startNext()
     for line in planner.announcements { say(.info, line) }
   }

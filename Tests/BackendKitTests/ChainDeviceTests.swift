@@ -156,7 +156,7 @@ private let layouts: [FeatureSet] = [
     let result = try RunningProgram(
       BuiltPrograms.path("martlet-probe"),
       ["check", "--type", "rng", "--format", "tap", "--", BuiltPrograms.path("martlet-template"), "--socket-path", "{socket}"]
-    ).wait(seconds: 60)
+    ).wait(seconds: 240)
     check(result.code == 0, result.output + result.errors)
     check(result.output.contains("rng.fill"), result.output)
   }

@@ -128,7 +128,7 @@ private func buffer(_ address: GuestAddress, _ count: UInt32, isWritable: Bool) 
     _ = try first.connect()
     let second = try block(image)
     #expect(second.exitCode() == 1)
-    #expect(second.log.contains("in use by another process"))
+    #expect(second.log.contains("is in use by process") && second.log.contains("(martlet-block)"))
   }
 
   @Test func anIdleProgramMakesNoSystemCalls() throws {

@@ -116,7 +116,7 @@ private final class HostileBackEnd: Sendable {
     listener = SharedDescriptor(try UnixSocket.listen(at: socket))
     bomb = SharedDescriptor(try SharedMemory.sealed(name: "bomb", byteCount: 4096))
     _ = try HostThread.start(name: "hostile") { [self] in
-      for number in -1... {
+      for number in (-1)... {
         guard let peer = accepted() else { return }
         connections.add(1, ordering: .sequentiallyConsistent)
         serve(peer, attacks.indices.contains(number) ? attacks[number] : nil, isLast: number >= attacks.count)

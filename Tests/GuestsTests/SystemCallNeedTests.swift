@@ -44,6 +44,11 @@ struct SystemCallNeedTests {
     "block-control ioctl 0x1277": "BLKDISCARD: a device that cannot zero what it forgets; DeviceImageTests",
     "block-control ioctl 0x127d": "BLKSECDISCARD: DeviceImageTests",
     "block-control fdatasync": "the same with a write cache that is switched off",
+    "block-calls pwritev2 0x2": "RWF_DSYNC: a driver without FLUSH; BlockDeviceTests are one",
+    "block-calls fallocate 0x1": "write zeroes, which the guest of these tests does not ask for; BlockDeviceTests do",
+    "block-calls fallocate 0x3": "discard; BlockDeviceTests",
+    "block-calls fallocate 0x11": "write zeroes; BlockDeviceTests",
+    "block sched_yield": "a look before sleeping, when looks have paid",
     "block fcntl 0x25": "a disk whose process dies while its driver is at work; SpareTests",
     "block-calls fcntl 0x25": "as in block",
     "guardian-groups write": "hosts with control groups of version 2; scripts/guest-tests control-groups is one",
@@ -156,7 +161,6 @@ struct SystemCallNeedTests {
     var found = try work()
     found.formUnion(try withoutRings())
     found.formUnion(try atATerminal())
-    found.formUnion(try byTheProbe())
     let all = SystemCallList.allCases.flatMap(Self.entries).map(\.name)
     var rare = Self.rare
     if Self.loopDevice == nil {
@@ -213,18 +217,6 @@ struct SystemCallNeedTests {
     #expect(program.wait(seconds: 20).code == 0, "\(program.errorText)")
     vm.expectNothingLeft()
     return try Self.used(vm.path("trace"), blockList: .block)
-  }
-
-  /// A disk in a process of its own that does everything a driver can ask for, by ordinary calls.
-  private func byTheProbe() throws -> Set<String> {
-    let vm = try MicroVM()
-    _ = try vm.disk()
-    let words =
-      ["check", "--only", "blk.", "--"] + Self.trace + ["-A", BuiltPrograms.path("martlet-block"), "--aio=threads"]
-      + ["--blk-file=disk.img", "--socket-path={socket}"]
-    let result = try RunningProgram(BuiltPrograms.path("martlet-probe"), words, directory: vm.directory).wait(seconds: 120)
-    #expect(result.code == 0, "\(result.output.suffix(2000)) \(result.errors)")
-    return try Self.used(vm.path("trace"), blockList: .blockCalls)
   }
 
   /// A block device that can be a disk; it is one of ours as long as the program runs.

@@ -70,12 +70,12 @@ struct BadInputTests {
     let home = try Installation()
     let first = try home.start(["--disk", "path=disk.img", "--control", "ctl"])
     try home.waitUntilRunning()
-    // The block process holds the lock: it shares the open file description. The first VM goes on.
-    let block = home.processes.first { $0.title == "vm/vm/blk0" }?.pid ?? 0
+    // The VM's part of the lock is the supervisor's. The first VM goes on.
+    let owner = home.processes.first { $0.title == "vm/vm/supervisor" }?.pid ?? 0
     let second = try home.run("--disk", "path=./disk.img,id=root", "--name", "second")
     #expect(
       second.errorLines == [
-        "martlet: error: Image './disk.img' of disk root is in use by process \(block) (blk0); end that use or name another image"
+        "martlet: error: Image './disk.img' of disk root is in use by process \(owner) (supervisor); end that use or name another image"
       ])
     #expect(second.code == 3)
     let reader = try home.run("--disk", "path=disk.img,readonly=on", "--name", "third")
