@@ -110,8 +110,8 @@ extension DeviceFrontEnd {
   func finishRestoring(isSuccessor: Bool = true) {
     isRestoring = false
     for vring in activation?.vrings ?? [] {
-      vring.kick.signalDistrusted()
-      vring.call?.signalDistrusted()
+      vring.kick.fd.signalDistrusted()
+      vring.call?.fd.signalDistrusted()
     }
     if isSuccessor { events.append(.restored) }
   }

@@ -79,18 +79,18 @@ public struct EventFD: ~Copyable, Sendable {
   }
 }
 
-extension SharedDescriptor {
-  /// As `EventFD.signalDistrusted`, for the descriptor of an event.
-  package func signalDistrusted() {
+extension OwnedFD {
+  /// As `EventFD.signalDistrusted`, for the descriptor of an event that others share.
+  package borrowing func signalDistrusted() {
     var one: UInt64 = 1
     let isProtected = clinux_breaker_begin() != 0
     if !isProtected {
-      var entry = pollfd(fd: fd.rawValue, events: Int16(POLLOUT), revents: 0)
+      var entry = pollfd(fd: rawValue, events: Int16(POLLOUT), revents: 0)
       // SAFETY: one pollfd, alive for the call.
       guard unsafe poll(&entry, 1, 0) > 0, entry.revents & Int16(POLLOUT) != 0 else { return }
     }
     // SAFETY: eight bytes of ours.
-    _ = unsafe Glibc.write(fd.rawValue, &one, 8)
+    _ = unsafe Glibc.write(rawValue, &one, 8)
     if isProtected { clinux_breaker_end() }
   }
 }

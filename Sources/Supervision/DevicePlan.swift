@@ -141,7 +141,9 @@ struct DevicePlanner {
       }
       var arguments = Self.arguments(disk, readOnly)
       // The process itself sees no /sys, and neither does a supervisor behind its walls: there the spawner's plan counts.
-      if opened == nil, let life = StorageLifetime.read(of: try HostFiles.status(image.number)) { arguments.append("--lifetime=\(life.text)") }
+      if opened == nil, let life = StorageLifetime.read(of: try HostFiles.status(image.number)) {
+        arguments.append("--lifetime=\(life.text)")
+      }
       return DevicePlan(
         assignment, .program("martlet-block", arguments: arguments, resources: [image], isOnTerminal: false))
     }
