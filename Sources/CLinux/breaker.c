@@ -10,9 +10,9 @@
 
 enum { milliseconds = 5 };
 
-// Of the protected thread and its handler only; a thread sees its own signals in order.
-static volatile sig_atomic_t is_within, was_within, is_running;
-static int timer;
+// Each protected thread has its own, and its handler runs on it; a thread sees its own signals in order.
+static __thread volatile sig_atomic_t is_within, was_within, is_running;
+static __thread int timer;
 static __thread char is_protected;
 
 static void set_timer(long nanoseconds) {

@@ -162,6 +162,7 @@ extension Supervisor {
     knownJailed[id] = nil
     jailedNumbers[id] = nil
     newLaunches.remove(id)
+    claims.release(id)
     guardian.forget(id)
   }
 }
