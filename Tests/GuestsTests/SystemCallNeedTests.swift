@@ -28,6 +28,7 @@ struct SystemCallNeedTests {
     "core ioctl 0x4020aea5": "KVM_SIGNAL_MSI: an interrupt of the serial port that waited for the main thread",
     "core ioctl 0x8090ae81": "KVM_GET_REGS: a payload that is loaded again over a processor that was stopped in an access",
     "core ioctl 0xae80": "KVM_RUN: such an access is completed",
+    "core timer_settime": "WaitBreaker: kicks made good when a back end has come back",
     "core rt_sigreturn": "a kick that arrives late",
     "processor ioctl 0x8090ae81": "KVM_GET_REGS: where a guest crashed",
     "processor ioctl 0x8138ae83": "KVM_GET_SREGS: where a guest crashed",

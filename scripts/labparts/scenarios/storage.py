@@ -218,7 +218,7 @@ succeeds fio tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --io
 """
 
 
-@scenario("the disk's process is killed every second while fio verifies what it reads", 240)
+@scenario("the disk's process is killed every second while fio verifies what it reads", 240, by_hand=True)
 def disk_killed(trial):
     trial.only_martlet()
     image = trial.image("work", 16 << 20)
