@@ -161,6 +161,18 @@ public struct FileStatus: Sendable {
   /// Preferred I/O size in bytes (`st_blksize`); the huge page size on hugetlbfs.
   public let blockSize: Int
 
+  /// Of a file that is only to be recognised.
+  package init(device: UInt64, inode: UInt64) {
+    self.device = device
+    self.inode = inode
+    kind = .other
+    byteCount = 0
+    mode = 0
+    specialDevice = 0
+    representedDevice = 0
+    blockSize = 0
+  }
+
   init(_ raw: stat) {
     switch raw.st_mode & 0o170000 {
     case 0o100000: kind = .regular
