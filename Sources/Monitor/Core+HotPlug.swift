@@ -53,6 +53,11 @@ extension Core {
   func unplug(_ id: String, _ isForced: Bool, _ sequence: UInt32) {
     guard let device = devices.first(where: { $0.assignment.id == id }) else { return refuse("There is no device \(id)", sequence) }
     guard isComplete, let machine = guest?.machine else { return refuse("The VM is still starting, or ends", sequence) }
+    if isForced, let plugSequence = device.plugSequence.take() {
+      drop(device)
+      refuse("Device \(id) is removed", plugSequence)
+      return answer(.done, sequence)
+    }
     guard device.plugSequence == nil, let index = device.index else { return refuse("Device \(id) is still being added", sequence) }
     guard isForced || device.isLeaving || state != .paused else {
       return refuse("The VM is paused, and its guest cannot let go of \(id); resume it, or remove by force", sequence)

@@ -115,7 +115,9 @@ extension Supervisor {
       ]
       if !addition.text.isEmpty { members.append(.init("text", .string(addition.text))) }
       reply(addition.client, .object(members))
-    case .refused(let sentence): abandon(id, explained(.device, sentence))
+    case .refused(let sentence):
+      additions[id]?.sequence = nil
+      abandon(id, explained(.device, sentence))
     default: abandon(id, "The core process gave an answer without sense")
     }
     return true
@@ -124,6 +126,8 @@ extension Supervisor {
   /// The device does not come; nothing of it stays.
   func abandon(_ id: String, _ why: String) {
     guard let addition = additions.removeValue(forKey: id) else { return }
+    // The core may have put it on the bus meanwhile.
+    if addition.sequence != nil { _ = channel?.send(.unplug(id: id, isForced: true)) }
     for index in processIndices(of: id) { processes[index].signal(SIGKILL) }
     depart(id, [(addition.client, .record(["ok": .bool(false), "error": .string(why)]))])
   }

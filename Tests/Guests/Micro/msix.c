@@ -88,9 +88,11 @@ void test_msix(void) {
     return;
   }
   virtio_start(&disk);
+  // A back end may call once for nothing when it is given its event, which is before its first answer.
+  bool ok = read_once();
   arrived(VECTOR), arrived(OTHER_VECTOR);
 
-  bool ok = read_once();
+  ok = ok && read_once();
   u32 n = arrived(VECTOR);
   report("msix.open", ok && n == 1, "%u delivered", n);
 
