@@ -157,7 +157,7 @@ struct ReplacementTests {
   func brokenOnes(_ words: [String]) throws {
     let home = try WholeVM()
     try home.shell("truncate -s 16M disk.img")
-    let vm = try start(home, "test=blk op=write depth=8 n=60000 span=2")
+    let vm = try start(home, "test=blk op=write depth=8 n=200000 span=2")
     let broken = try RunningProgram(Self.broken, [home.directory + "/broken.sock"] + words)
     for _ in 0..<1000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
     let before = home.processes["blk0"]
