@@ -178,7 +178,7 @@ private func serveRequests(_ script: inout Script) {
   worker.run()
   demand(worker.inFlight == 0, "\(worker.inFlight) requests are in flight at the end")
   demand(stage.busy.isEmpty, "storage is busy at the end")
-  let ports = sure { try QueuePorts(QueueCounters(), asksForRoom: true) }
+  let ports = sure { try QueuePorts(QueueCounters(), isServedByLoop: true) }
   guard let back = try? desk.collect(ports) else { return demand(false, "the queue does not come back") }
   checkFlight(back.ring, 0)
   stage.driver.collect()

@@ -19,7 +19,7 @@ let consoleBytes = Target(
 
 private let bench = DeviceBench()
 private let rooms = (output: GuestRoom(), input: GuestRoom())
-private let ports = sure { try QueuePorts(QueueCounters(), asksForRoom: true) }
+private let ports = sure { try QueuePorts(QueueCounters(), isServedByLoop: true) }
 
 private func queue(of driver: borrowing RingDriver) -> DeviceQueue {
   let ring = sure { try Virtqueue(driver.configuration, memory: driver.room.memory) }

@@ -10,7 +10,7 @@ struct DeviceBench: @unchecked Sendable {
   let room = GuestRoom()
   private let ports: [QueuePorts]
 
-  init() { ports = (0..<2).map { _ in sure { try QueuePorts(QueueCounters(), asksForRoom: true) } } }
+  init() { ports = (0..<2).map { _ in sure { try QueuePorts(QueueCounters(), isServedByLoop: true) } } }
 
   /// A queue as the kit hands it over, over the driver's ring.
   func queue(_ index: Int, for driver: borrowing RingDriver) -> DeviceQueue {

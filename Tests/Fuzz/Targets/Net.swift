@@ -91,7 +91,7 @@ extension DeviceBench {
   }
 }
 
-private let netPorts = sure { try QueuePorts(QueueCounters(), asksForRoom: true) }
+private let netPorts = sure { try QueuePorts(QueueCounters(), isServedByLoop: true) }
 
 /// A frame with a header in front, and inside what the header says, more or less.
 private func frame(_ script: inout Script) -> [UInt8] {
