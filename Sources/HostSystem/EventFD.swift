@@ -97,8 +97,7 @@ extension OwnedFD {
 
 /// Ends waits of one thread that a peer can cause by what it does to a shared open file description.
 public enum WaitBreaker {
-  /// Protects the calling thread, which must be the only one of its process that does this. Before its system calls are
-  /// filtered.
+  /// Protects the calling thread; each has a timer of its own. Before its system calls are filtered.
   public static func protectThisThread() throws(SystemError) {
     _ = try checked(clinux_breaker_prepare(), "make a timer")
   }
