@@ -77,7 +77,7 @@ import Testing
       unlink(folder + "/socket")
       let disk = try RunningProgram(
         BuiltPrograms.path("martlet-block"), ["--socket-path=\(folder)/socket", "--blk-file=\(folder)/disk.img"])
-      for _ in 0..<2000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
+      for _ in 0..<12_000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
       return disk
     }
     func startMachine() throws -> RunningProgram {
@@ -99,7 +99,7 @@ import Testing
     // Killed once by itself, once together with the disk.
     for number in UInt8(1)...2 {
       let machine = try startMachine()
-      for _ in 0..<6000 where count() < number && machine.isRunning { usleep(5000) }
+      for _ in 0..<12_000 where count() < number && machine.isRunning { usleep(5000) }
       machine.signal(SIGKILL)
       _ = machine.wait()
       #expect((number..<boots).contains(count()))

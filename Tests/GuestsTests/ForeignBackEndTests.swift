@@ -10,7 +10,7 @@ struct ForeignBackEndTests {
   private func backEnd(_ words: [String], socket: String) throws -> RunningProgram {
     unlink(socket)
     let program = try RunningProgram(words[0], Array(words.dropFirst()))
-    let end = Date().addingTimeInterval(20)
+    let end = Date().addingTimeInterval(60)
     while access(socket, F_OK) != 0 {
       guard program.isRunning, Date() < end else {
         throw TestFailure("\(words[0]) does not listen: \(program.wait(seconds: 0).errors)")
@@ -41,7 +41,7 @@ struct ForeignBackEndTests {
   @Test func theProbeFindsNothingWrongWithTheExampleInPython() throws {
     let result = try RunningProgram(
       BuiltPrograms.path("martlet-probe"), ["check", "--type", "rng", "--", Self.example, "--socket-path", "{socket}"]
-    ).wait(seconds: 60)
+    ).wait(seconds: 240)
     #expect(result.code == 0, "\(result.output) \(result.errors)")
   }
 

@@ -150,7 +150,7 @@ struct MicroConsoleTests {
     let program = try vm.start("test=console bytes=20000", ["--console", "socket=con"])
     var line: OwnedFD?
     // The guest waits ten seconds for its input.
-    for _ in 0..<1000 where line == nil {
+    for _ in 0..<12_000 where line == nil {
       usleep(5000)
       line = try? UnixSocket.connect(to: vm.path("con"))
     }
@@ -161,7 +161,7 @@ struct MicroConsoleTests {
     let vm = try MicroVM()
     let program = try vm.start("test=console bytes=20000", ["--console", "pty"])
     var path: Substring?
-    for _ in 0..<1000 where path == nil {
+    for _ in 0..<12_000 where path == nil {
       usleep(5000)
       path = program.errorText.split(whereSeparator: \.isWhitespace).first { $0.hasPrefix("/dev/pts/") }
     }
@@ -211,7 +211,7 @@ struct MicroConsoleTests {
     var text = ""
     if kind == "socket" {
       var line: OwnedFD?
-      for _ in 0..<1000 where line == nil {
+      for _ in 0..<12_000 where line == nil {
         usleep(2000)
         line = try? UnixSocket.connect(to: vm.path("serial"))
       }

@@ -85,7 +85,7 @@ struct MicroSystemCallTests {
     let program = try vm.start("test=boot,idle ms=4000", options)
     defer { program.signal(SIGKILL) }
     var ready = false
-    for _ in 0..<2000 where !ready {
+    for _ in 0..<12_000 where !ready {
       usleep(5000)
       ready = (try? String(contentsOfFile: vm.path("serial"), encoding: .utf8).contains("boot.ecam")) ?? false
     }

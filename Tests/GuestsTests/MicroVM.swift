@@ -96,7 +96,7 @@ final class MicroVM {
 
   /// True of every VM that has ended: no process and no socket but those of back ends that the test itself has started (`*.sock`).
   func expectNothingLeft(_ location: SourceLocation = #_sourceLocation) {
-    let end = Date().addingTimeInterval(5)
+    let end = Date().addingTimeInterval(60)
     while !processes.isEmpty, Date() < end { usleep(5000) }
     let left = processes
     #expect(left.isEmpty, sourceLocation: location)

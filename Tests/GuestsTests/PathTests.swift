@@ -40,7 +40,7 @@ struct PathTests {
   @Test func whatSomebodyElsePutAtOurPlaceStays() throws {
     let vm = try MicroVM()
     let program = try vm.start("test=idle ms=60000", ["--console", "socket=con"])
-    let end = Date().addingTimeInterval(20)
+    let end = Date().addingTimeInterval(60)
     while Date() < end, try !vm.ctl("info").output.contains("\"state\":\"running\"") { usleep(5000) }
     try FileManager.default.removeItem(atPath: vm.path("con"))
     try "theirs".write(toFile: vm.path("con"), atomically: false, encoding: .utf8)

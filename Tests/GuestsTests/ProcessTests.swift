@@ -44,7 +44,7 @@ final class WholeVM {
   }
 
   func waitUntilRunning() throws {
-    let end = Date().addingTimeInterval(20)
+    let end = Date().addingTimeInterval(60)
     while Date() < end {
       if try ctl("info").output.contains("\"state\":\"running\"") { return }
       usleep(5000)
@@ -65,7 +65,7 @@ final class WholeVM {
   }
 
   func expectNothingLeft(_ location: SourceLocation = #_sourceLocation) {
-    for _ in 0..<600 where !processes.isEmpty { usleep(5000) }
+    for _ in 0..<12_000 where !processes.isEmpty { usleep(5000) }
     #expect(processes.isEmpty, sourceLocation: location)
     for pid in processes.values { kill(pid, SIGKILL) }
     // Sockets of back ends that the test itself has started are called `*.sock`.
@@ -157,7 +157,7 @@ struct ProcessTests {
       time.sleep(30)
       """
     let backEnd = try RunningProgram("/usr/bin/env", ["python3", "-c", script, kind], directory: home.directory)
-    for _ in 0..<2000 where !backEnd.outputText.contains("up") { usleep(5000) }
+    for _ in 0..<12_000 where !backEnd.outputText.contains("up") { usleep(5000) }
     // A guest that lives: one that ends before its devices are missed has had a good end.
     let result = try home.start(["--cmdline", "test=boot end=hang", "--disk", "vhost_user=on,socket=be", "--deadline", "reply=300"]).wait()
     backEnd.signal(SIGKILL)

@@ -71,7 +71,7 @@ struct ReplacementTests {
     }
     #expect(pids.count > 3, "\(vm.errorText)")
     // What belongs to the last one goes a moment after the answer.
-    for _ in 0..<1000 where vm.isRunning && descriptorCounts(home) != counts { usleep(5000) }
+    for _ in 0..<12_000 where vm.isRunning && descriptorCounts(home) != counts { usleep(5000) }
     if vm.isRunning { #expect(descriptorCounts(home) == counts) }
     finish(home, vm)
   }
@@ -89,7 +89,7 @@ struct ReplacementTests {
     #expect(second != first)
     #expect(try home.ctl("devices").output.contains("/other/martlet-block"))
     kill(second, SIGKILL)
-    for _ in 0..<1000 where !vm.errorText.contains("served again") { usleep(5000) }
+    for _ in 0..<12_000 where !vm.errorText.contains("served again") { usleep(5000) }
     let third = try #require(home.processes["blk0"])
     #expect(try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(third)/exe").hasSuffix("/other/martlet-block"))
 
@@ -107,7 +107,7 @@ struct ReplacementTests {
     try replace(home, "blk0 --path copy.img")
     #expect(try isFree("disk.img") && !isFree("copy.img"))
     kill(try #require(home.processes["blk0"]), SIGKILL)
-    for _ in 0..<1000 where vm.errorText.components(separatedBy: "served again").count < 3 { usleep(5000) }
+    for _ in 0..<12_000 where vm.errorText.components(separatedBy: "served again").count < 3 { usleep(5000) }
     #expect(try isFree("disk.img") && !isFree("copy.img"))
     try replace(home, "blk0 --disk path=disk.img,direct=on")
     #expect(try !isFree("disk.img") && isFree("copy.img"))
@@ -159,7 +159,7 @@ struct ReplacementTests {
     try home.shell("truncate -s 16M disk.img")
     let vm = try start(home, "test=blk op=write depth=8 n=200000 span=2")
     let broken = try RunningProgram(Self.broken, [home.directory + "/broken.sock"] + words)
-    for _ in 0..<1000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
+    for _ in 0..<12_000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
     let before = home.processes["blk0"]
     let result = try home.ctl("replace blk0 --socket broken.sock")
     let after = home.processes["blk0"]
@@ -183,7 +183,7 @@ struct ReplacementTests {
       // Both carry the same title; one of them it is.
       if let pid = home.processes["blk0"] { kill(pid, SIGKILL) }
       _ = request.wait(seconds: 30)
-      for _ in 0..<2000 where vm.isRunning {
+      for _ in 0..<12_000 where vm.isRunning {
         if try home.ctl("devices").output.contains("\"state\":\"active\"") { break }
         usleep(5000)
       }
@@ -219,7 +219,7 @@ struct ReplacementTests {
         "--blockdev", "driver=file,node-name=f,filename=disk.img,locking=off", "--export",
         "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path=qsd.sock",
       ], directory: home.directory)
-    for _ in 0..<1000 where access(home.directory + "/qsd.sock", F_OK) != 0 { usleep(5000) }
+    for _ in 0..<12_000 where access(home.directory + "/qsd.sock", F_OK) != 0 { usleep(5000) }
     try replace(home, "blk0 --socket qsd.sock")
     #expect(try home.ctl("devices").output.contains("external"))
     usleep(100_000)

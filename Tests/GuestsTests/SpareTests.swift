@@ -15,7 +15,7 @@ struct SpareTests {
 
   /// The device's process and its spare, once both are there.
   private func pair(_ home: WholeVM, _ vm: RunningProgram) throws -> (served: Int32, spare: Int32) {
-    for _ in 0..<4000 where vm.isRunning {
+    for _ in 0..<12_000 where vm.isRunning {
       if let device = try device(home), device["state"]?.string == "active", let spare = device["spare"], spare["ready"]?.bool == true,
         let first = device["pid"]?.unsigned, let second = spare["pid"]?.unsigned
       {
@@ -41,7 +41,7 @@ struct SpareTests {
     for round in 1...5 {
       let (served, spare) = try pair(home, vm)
       kill(served, SIGKILL)
-      for _ in 0..<4000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round { usleep(5000) }
+      for _ in 0..<12_000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round { usleep(5000) }
       let device = try #require(try device(home))
       #expect(device["pid"]?.unsigned == UInt64(spare))
       #expect(home.processes["blk0"] == spare, "its title says that it serves: \(home.processes)")

@@ -179,20 +179,20 @@ struct SystemCallNeedTests {
   private func work() throws -> Set<String> {
     let vm = try MicroVM()
     let program = try vm.start(
-      "test=boot,pci,registers,msix,blk,net,kick,console,idle n=60 span=1 bytes=2000 ms=20000",
+      "test=boot,pci,registers,msix,blk,net,kick,console,idle n=60 span=1 bytes=2000 ms=300000",
       vm.disk("disk.img", mebibytes: 16, ",poll=200") + Self.loopDisk() + [
         "--net", "tap=tap0", "--cpus", "boot=2", "--console", "socket=con", "--serial", "file=serial",
       ],
       below: MicroNetTests.below() + Self.trace)
     defer { program.signal(SIGKILL) }
     var line: OwnedFD?
-    for _ in 0..<2000 where line == nil {
+    for _ in 0..<12_000 where line == nil {
       usleep(5000)
       line = try? UnixSocket.connect(to: vm.path("con"))
     }
     let console = try unwrap(line)
     var heard: [UInt8] = []
-    let end = Date().addingTimeInterval(30)
+    let end = Date().addingTimeInterval(120)
     func listen() {
       var buffer = [UInt8](repeating: 0, count: 4096)
       if (try? console.waitUntil(.readable, timeout: .milliseconds(100))) == true {
@@ -209,13 +209,13 @@ struct SystemCallNeedTests {
     resizeLoopDisk(vm)
     let victims = vm.processes
     for name in ["blk0", "net0", "con0"] { kill(try #require(victims[name]), SIGKILL) }
-    for _ in 0..<400 where program.errorText.components(separatedBy: "served again").count < 4 { usleep(10_000) }
+    for _ in 0..<6000 where program.errorText.components(separatedBy: "served again").count < 4 { usleep(10_000) }
     #expect(program.errorText.components(separatedBy: "served again").count == 4, "\(program.errorText)")
     _ = try vm.ctl("power-button")
     _ = try vm.ctl("reboot")
     usleep(1_500_000)
     _ = try vm.ctl("shutdown")
-    #expect(program.wait(seconds: 20).code == 0, "\(program.errorText)")
+    #expect(program.wait(seconds: 60).code == 0, "\(program.errorText)")
     vm.expectNothingLeft()
     return try Self.used(vm.path("trace"), blockList: .block)
   }
@@ -254,7 +254,7 @@ struct SystemCallNeedTests {
       "test=blk,reset by=triple n=50 span=1", vm.disk() + Self.loopDisk() + ["--cpus", "boot=1", "--serial", "file=serial"],
       below: Self.trace + [BuiltPrograms.path("martlet-hostile"), "--what=without", "--calls=io_uring_setup", "--"])
     defer { program.signal(SIGKILL) }
-    let end = Date().addingTimeInterval(30)
+    let end = Date().addingTimeInterval(120)
     while Date() < end {
       usleep(20_000)
       let serial = (try? String(contentsOfFile: vm.path("serial"), encoding: .utf8)) ?? ""
@@ -262,7 +262,7 @@ struct SystemCallNeedTests {
     }
     resizeLoopDisk(vm)
     _ = try vm.ctl("shutdown")
-    #expect(program.wait(seconds: 20).code == 0, "\(program.errorText)")
+    #expect(program.wait(seconds: 60).code == 0, "\(program.errorText)")
     return try Self.used(vm.path("trace"), blockList: .blockCalls)
   }
 
@@ -283,10 +283,10 @@ struct SystemCallNeedTests {
       os.write(master, b"abc")
       while b"abc" not in seen: seen += os.read(master, 4096)
       os.write(master, b"\\x01x")
-      sys.exit(vm.wait(30))
+      sys.exit(vm.wait(90))
       """.replacing("%NAME%", with: vm.name)
     let words = Self.trace + (try vm.command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"]))
-    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script] + words, directory: vm.directory).wait(seconds: 60)
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script] + words, directory: vm.directory).wait(seconds: 180)
     #expect(result.code == 0, "\(result.errors)")
     vm.expectNothingLeft()
     return try Self.used(vm.path("trace"), blockList: .block)

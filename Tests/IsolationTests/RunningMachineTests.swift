@@ -152,7 +152,7 @@ import Testing
       vm.signal(SIGTERM)
       _ = vm.wait()
     }
-    let end = Date().addingTimeInterval(15)
+    let end = Date().addingTimeInterval(60)
     while Date() < end, vm.isRunning {
       let info = try RunningProgram(BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "info"], directory: directory).wait()
       if info.output.contains("running for") { break }

@@ -99,14 +99,14 @@ struct JailTests {
     let child = try #require(Self.child(of: running.pid))
     running.signal(SIGKILL)
     _ = running.wait()
-    let end = Date().addingTimeInterval(5)
+    let end = Date().addingTimeInterval(60)
     while Self.exists(child), Date() < end { usleep(2000) }
     #expect(!Self.exists(child))
   }
 
   /// The program of a jail, once it runs.
   private static func child(of pid: Int32) -> Int32? {
-    let end = Date().addingTimeInterval(5)
+    let end = Date().addingTimeInterval(60)
     while Date() < end {
       let text = FileManager.default.contents(atPath: "/proc/\(pid)/task/\(pid)/children").map { String(decoding: $0, as: UTF8.self) } ?? ""
       if let child = text.split(separator: " ").compactMap({ Int32($0) }).first,
@@ -241,7 +241,7 @@ struct JailTests {
       daemon.signal(SIGTERM)
       #expect(daemon.wait().code == 0)
     }
-    let end = Date().addingTimeInterval(10)
+    let end = Date().addingTimeInterval(60)
     while access(socket, F_OK) != 0, daemon.isRunning, Date() < end { usleep(5000) }
     let check = try RunningProgram(
       BuiltPrograms.path("martlet-probe"),
