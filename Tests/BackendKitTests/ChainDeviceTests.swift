@@ -159,7 +159,7 @@ private let layouts: [FeatureSet] = [
     ).wait(seconds: 240)
     // Two hundred lines that are well hide the one that is not.
     let findings = result.output.split(separator: "\n").filter { !$0.hasPrefix("ok ") }.joined(separator: "\n")
-    check(result.code == 0, findings + result.errors)
+    check(result.code == 0, "ended with \(result.code), signal \(result.signal ?? 0): \(findings) \(result.errors)")
     check(result.output.contains("rng.fill"), findings)
   }
 }

@@ -112,7 +112,7 @@ struct SystemCallNeedTests {
     Entry(name: entry.name + " 0x" + String(value, radix: 16), call: entry.call, tests: entry.tests + [(argument, .max, value)])
   }
 
-  private static let trace = ["/usr/bin/strace", "-f", "-Y", "-qq", "-X", "raw", "-e", "raw=all", "-o", "trace"]
+  private static let trace = ["/usr/bin/strace", "-f", "-qq", "-X", "raw", "-e", "raw=!clone3", "--decode-pids=comm,pidns", "-o", "trace"]
 
   /// `4711<blk0> io_uring_enter(0xb, 0x1, ...`: who, what, with what.
   private static func calls(_ path: String) throws -> [(thread: Int, name: Substring, call: Substring, arguments: [UInt64])] {
@@ -127,12 +127,32 @@ struct SystemCallNeedTests {
     }
   }
 
+  /// Who made each thread: `4711<blk0> clone3({...}, 88) = 3<blk0> /* 4715 in strace's PID NS */`.
+  private static func makers(_ path: String) throws -> [Int: Int] {
+    let line = #/^(\d+)<[^>]*> +(?:<... )?clone3.* = (\d+)<[^>]*>(?: /\* (\d+) in .*)?$/#
+    var makers: [Int: Int] = [:]
+    for text in try String(contentsOfFile: path, encoding: .utf8).split(separator: "\n") {
+      guard let match = text.wholeMatch(of: line), let maker = Int(match.1), let thread = Int(match.3 ?? match.2) else { continue }
+      makers[thread] = maker
+    }
+    return makers
+  }
+
   /// The entries that threads behind their filters have used.
   private static func used(_ path: String, blockList: SystemCallList) throws -> Set<String> {
     var found: Set<String> = []
     var walled: Set<Int> = []
     // Threads of a disk's process have their filter when its first thread says so; they come after it.
-    var disks: [Int] = []
+    var disks: Set<Int> = []
+    let makers = try makers(path)
+    func disk(of thread: Int) -> Int {
+      var owner = thread
+      for _ in 0..<64 where !disks.contains(owner) {
+        guard let maker = makers[owner] else { return thread }
+        owner = maker
+      }
+      return owner
+    }
     var table: [String: [Entry]] = [:]
     for (prefix, lists) in roles {
       table[prefix] = lists.map { $0 == .block ? blockList : $0 }.flatMap(entries)
@@ -140,13 +160,13 @@ struct SystemCallNeedTests {
     for (thread, name, call, arguments) in try calls(path) {
       guard let role = roles.first(where: { name.hasPrefix($0.prefix) }) else { continue }
       // A process gives up its files before it makes threads, which bear its name at first.
-      if role.lists.contains(.block), call.hasPrefix("landlock"), !disks.contains(thread) { disks.append(thread) }
+      if role.lists.contains(.block), call.hasPrefix("landlock") { disks.insert(thread) }
       if call == "seccomp" {
         // SECCOMP_SET_MODE_FILTER
         if arguments.first == 1 { walled.insert(thread) }
         continue
       }
-      let owner = role.prefix == "queue" || role.prefix == "calls" ? disks.last { $0 < thread } ?? thread : thread
+      let owner = role.prefix == "queue" || role.prefix == "calls" ? disk(of: thread) : thread
       guard walled.contains(owner) else { continue }
       if let entry = table[role.prefix]?.first(where: { $0.call == call && $0.allows(arguments) }) {
         found.insert(entry.name)
