@@ -72,27 +72,29 @@ public final class RunningProgram: @unchecked Sendable {
 }
 
 private final class Collector: @unchecked Sendable {
-  // `data` is touched under `lock` only.
+  // `data` and `isFinished` are touched under `lock` only.
   let pipe = Pipe()
   private var data = Data()
   private var isFinished = false
   private let lock = NSLock()
 
+  /// Reads on a thread of its own, in order: handlers of Dispatch may overtake one another, and the end the last words.
   func start() {
-    pipe.fileHandleForReading.readabilityHandler = { [weak self] handle in
-      let chunk = handle.availableData
-      guard let self else { return }
-      self.lock.withLock {
-        if chunk.isEmpty { self.isFinished = true } else { self.data.append(chunk) }
+    let descriptor = pipe.fileHandleForReading.fileDescriptor
+    Thread.detachNewThread { [self] in
+      var buffer = [UInt8](repeating: 0, count: 65536)
+      while true {
+        let count = read(descriptor, &buffer, buffer.count)
+        if count < 0 && errno == EINTR { continue }
+        lock.withLock { if count > 0 { data.append(contentsOf: buffer[..<count]) } else { isFinished = true } }
+        if count <= 0 { break }
       }
-      if chunk.isEmpty { handle.readabilityHandler = nil }
     }
   }
 
   func finish() {
     let end = Date().addingTimeInterval(1)
     while !lock.withLock({ isFinished }), Date() < end { usleep(2000) }
-    pipe.fileHandleForReading.readabilityHandler = nil
   }
 
   var text: String { lock.withLock { String(decoding: data, as: UTF8.self) } }
