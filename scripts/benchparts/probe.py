@@ -7,18 +7,29 @@ import statistics
 import subprocess
 import sys
 
+from block import machine
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUILD = os.environ.get("MARTLET_BUILD", os.path.join(ROOT, ".build/release"))
 PROBE = os.path.join(BUILD, "martlet-probe")
 
+DOCS = os.path.join(ROOT, "docs/benchmarks.md")
+
 BAR_REQUESTS, BAR_REQUEST_NS = 4e6, 250
 BAR_FRAMES = 20e6
+
+said = []
+
+
+def say(line):
+    print(line, flush=True)
+    said.append(line)
 
 
 def block(rounds, seconds):
     """4 KiB reads at depth 32 from qemu-storage-daemon's null-co, both spinning, each on a processor of its own."""
     if not shutil.which("qemu-storage-daemon"):
-        print("block: not measured, qemu-storage-daemon is not installed (Debian: qemu-system-common or qemu-utils)")
+        say("block: not measured, qemu-storage-daemon is not installed (Debian: qemu-system-common or qemu-utils)")
         return 2
     command = [
         PROBE, "bench", "--output-format", "json", "--rw", "randread", "--bs", "4k", "--iodepth", "32", "--size", "32m", "--wait",
@@ -28,36 +39,36 @@ def block(rounds, seconds):
         "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket},writable=on,iothread=io"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
-        print(f"block: not measured: {run.stderr.strip()}")
+        say(f"block: not measured: {run.stderr.strip()}")
         return 2
     jobs = json.loads(run.stdout)["jobs"]
     rates = [job["read"]["iops"] for job in jobs]
     own = [job["martlet"] for job in jobs]
     # What a request costs the tool when it does not wait for the back end.
     costs = [m["tool_cpu_ns_per_request"] * (1 - m["tool_waiting_percent"] / 100) for m in own]
-    print(f"block: 4 KiB random reads, depth 32, null-co of qemu-storage-daemon, both spinning, {rounds} rounds of {seconds} s")
-    print(f"  requests a second   best {max(rates) / 1e6:.2f} M, median {statistics.median(rates) / 1e6:.2f} M, "
+    say(f"block: 4 KiB random reads, depth 32, null-co of qemu-storage-daemon, both spinning, {rounds} rounds of {seconds} s")
+    say(f"  requests a second   best {max(rates) / 1e6:.2f} M, median {statistics.median(rates) / 1e6:.2f} M, "
           f"least {min(rates) / 1e6:.2f} M")
-    print(f"  the tool            {statistics.median(costs):.0f} ns of work a request (median); it waited for the back end "
+    say(f"  the tool            {statistics.median(costs):.0f} ns of work a request (median); it waited for the back end "
           f"{statistics.median(m['tool_waiting_percent'] for m in own):.0f} % of the time")
-    print(f"  the back end        {statistics.median(m['back_end_cpu_ns_per_request'] for m in own):.0f} ns of processor time a "
+    say(f"  the back end        {statistics.median(m['back_end_cpu_ns_per_request'] for m in own):.0f} ns of processor time a "
           f"request, {statistics.median(m['back_end_cpu_percent'] for m in own):.0f} % of its processor")
     fast = max(rates) >= BAR_REQUESTS
     cheap = statistics.median(costs) <= BAR_REQUEST_NS
-    print(f"  {'ok ' if fast else 'BAD'} at least {BAR_REQUESTS / 1e6:.0f} M requests a second in the best round")
-    print(f"  {'ok ' if cheap else 'BAD'} at most {BAR_REQUEST_NS} ns of the tool's work a request")
+    say(f"  {'ok ' if fast else 'BAD'} at least {BAR_REQUESTS / 1e6:.0f} M requests a second in the best round")
+    say(f"  {'ok ' if cheap else 'BAD'} at most {BAR_REQUEST_NS} ns of the tool's work a request")
     return 0 if fast and cheap else 1
 
 
 def network(rounds, seconds):
     """64-byte frames into, out of and through DPDK's testpmd with its vhost device, both spinning."""
     if not shutil.which("dpdk-testpmd"):
-        print("net: not measured, dpdk-testpmd is not installed (Debian: dpdk-dev)")
+        say("net: not measured, dpdk-testpmd is not installed (Debian: dpdk-dev)")
         return 2
     if os.geteuid() != 0:
-        print("net: not measured, dpdk-testpmd wants root")
+        say("net: not measured, dpdk-testpmd wants root")
         return 2
-    print(f"net: 64-byte frames, dpdk-testpmd with net_vhost, both spinning, {rounds} rounds of {seconds} s")
+    say(f"net: 64-byte frames, dpdk-testpmd with net_vhost, both spinning, {rounds} rounds of {seconds} s")
     best = {}
     for mode, forward in (("send", "rxonly"), ("receive", "txonly"), ("loop", "io")):
         command = [
@@ -68,7 +79,7 @@ def network(rounds, seconds):
             "--total-num-mbufs=16384"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
-            print(f"  {mode}: not measured: {run.stderr.strip()}")
+            say(f"  {mode}: not measured: {run.stderr.strip()}")
             return 2
         jobs = json.loads(run.stdout)["jobs"]
         rates = [job["martlet"]["requests_per_s"] for job in jobs]
@@ -77,10 +88,20 @@ def network(rounds, seconds):
                 f"waited {statistics.median(job['martlet']['tool_waiting_percent'] for job in jobs):.0f} %")
         if mode == "loop":
             line += f"; round trip {statistics.median(job['read']['clat_ns']['percentile']['50.000000'] for job in jobs) / 1e3:.1f} us"
-        print(line)
+        say(line)
     fast = best["send"] >= BAR_FRAMES
-    print(f"  {'ok ' if fast else 'BAD'} at least {BAR_FRAMES / 1e6:.0f} M frames a second into it in the best round")
+    say(f"  {'ok ' if fast else 'BAD'} at least {BAR_FRAMES / 1e6:.0f} M frames a second into it in the best round")
     return 0 if fast else 1
+
+
+def write_docs(text):
+    """Puts what was printed into its place in docs/benchmarks.md."""
+    with open(DOCS) as file:
+        page = file.read()
+    begin, end = "<!-- probe: written by scripts/bench probe --docs -->\n", "<!-- end of probe -->\n"
+    head, rest = page.split(begin)
+    with open(DOCS, "w") as file:
+        file.write(head + begin + "```\n" + text + "\n```\n" + end + rest.split(end)[1])
 
 
 def run(arguments):
@@ -89,5 +110,9 @@ def run(arguments):
     if os.cpu_count() < 2:
         print("scripts/bench probe needs two processors")
         return 2
-    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f} before")
-    return max(block(arguments.runs, arguments.seconds), network(arguments.runs, arguments.seconds))
+    say(f"{machine()}, load {os.getloadavg()[0]:.1f} before")
+    results = [block(arguments.runs, arguments.seconds), network(arguments.runs, arguments.seconds)]
+    if arguments.docs:
+        words = ["scripts/bench probe", f"--runs {arguments.runs}", f"--seconds {arguments.seconds:g}", "--docs"]
+        write_docs("$ " + " ".join(words) + "\n" + "\n".join(said))
+    return max(results)
