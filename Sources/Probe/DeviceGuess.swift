@@ -53,7 +53,21 @@ struct DeviceGuess: Sendable {
         return DeviceGuess(device: .fileSystem, reason: "guessed: the configuration begins with a tag")
       }
     }
+    if bits.contains(9), bits.isSubset(of: blockBits) { return DeviceGuess(device: .block, reason: "guessed: feature bits of disks") }
     return DeviceGuess(device: nil, reason: "not recognised; say it with --type")
+  }
+
+  /// Refuses a back end that is recognised as something else than what is needed; `--type` overrules that.
+  static func expect(_ wanted: DeviceID, _ offer: Offer, _ target: Target) throws(ProbeError) {
+    let need = "needs a back end of type \(wanted.name ?? "\(wanted.rawValue)")"
+    if let asked = target.askedType {
+      guard asked == wanted else { throw .badOption("type", why: "says \(asked.name ?? "\(asked.rawValue)"), and this \(need)") }
+      return
+    }
+    let found = guess(offer)
+    guard let device = found.device, device != wanted else { return }
+    throw .unsuitable(
+      "The back end is of type \(device.name ?? "\(device.rawValue)") (\(found.reason)), and this \(need); --type overrules")
   }
 
   /// Queues the device has when nothing says so.

@@ -33,9 +33,10 @@ package struct Options: Sendable {
   package static func parse(_ words: [String], verb: Verb) throws(ProbeError) -> Options {
     var result = Options(verb: verb.name)
     var rest = words[...]
-    let known = common + verb.options
+    let known = verb.known
     while let word = rest.popFirst() {
       if word == "--" {
+        guard verb.reachesBackEnd else { throw .noTarget("\(verb.name) needs no back end; leave out -- and what follows") }
         result.command = Array(rest)
         guard !rest.isEmpty else { throw .noTarget("After -- there must be a command that starts the back end") }
         break

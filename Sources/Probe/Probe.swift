@@ -72,12 +72,18 @@ package struct Verb: Sendable {
   package let summary: String
   /// Paragraphs after the options in the help text.
   package var notes = ""
+  /// Whether it needs a back end at all.
+  package var reachesBackEnd = true
   package let options: [OptionRow]
   package let run: @Sendable (Options) throws(ProbeError) -> Outcome
 
+  /// Every option it takes.
+  var known: [OptionRow] { (reachesBackEnd ? Options.common : []) + options }
+
   var help: String {
-    var text = "usage: martlet probe \(name) [OPTIONS] (--socket PATH | --fd NUMBER | -- COMMAND ...)\n\n\(summary)\n\n"
-    for option in Options.common + options {
+    var text = "usage: martlet probe \(name) [OPTIONS]" + (reachesBackEnd ? " (--socket PATH | --fd NUMBER | -- COMMAND ...)" : "")
+    text += "\n\n\(summary)\n\n"
+    for option in known {
       let left = "  --\(option.name)" + (option.argument.map { " " + $0 } ?? "")
       text += left.utf8.count > 28 ? left + "\n" + String(repeating: " ", count: 30) : left.padded(to: 30)
       text += option.help + "\n"

@@ -19,7 +19,8 @@ final class RingClient {
   let readable: GuestAddress
   let writable: GuestAddress
   let tables: GuestAddress
-  let patience: Duration
+  /// How long an answer may take.
+  var patience: Duration
 
   static let bufferByteCount = 2 << 20
 

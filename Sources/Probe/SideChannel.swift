@@ -27,7 +27,7 @@ final class SideChannel {
     while bytes.count < count {
       let isStart = isFirst && bytes.isEmpty
       let isReady = try wrapping { () throws(SystemError) in
-        try fd.waitUntil(.readable, timeout: isStart ? .zero : .milliseconds(500))
+        try fd.waitUntil(.readable, timeout: isStart ? .zero : .seconds(5))
       }
       guard isReady else {
         if isStart { return nil }

@@ -1,6 +1,8 @@
 import CLinux
 import Glibc
 import HostSystem
+import Synchronization
+import VirtioSpec
 
 /// The back end under test: how it is reached, and its process where we started it or can see it.
 package final class Target {
@@ -18,6 +20,8 @@ package final class Target {
   /// The command line or the path, for people.
   let name: String
   let timeout: Duration
+  /// `--type`
+  let askedType: DeviceID?
   private let processor: Int
   private(set) var process: BackEndProcess?
   private var scratch: String?
@@ -32,7 +36,10 @@ package final class Target {
 
   package init(_ options: Options) throws(ProbeError) {
     timeout = try options.duration("timeout", in: 0.05...600) ?? .seconds(5)
-    processor = try options.number("pin-backend", in: 0...1023) ?? -1
+    askedType = options.has("type") ? try DeviceGuess.device(options, Offer()).device : nil
+    let pinned = try options.number("pin-backend", in: 0...1023)
+    if let pinned { try Processors.expect([pinned], "pin-backend") }
+    processor = pinned ?? -1
     let socket = options.text("socket")
     let number = try options.number("fd", in: 0...1 << 20)
     if let socket, socket.utf8.count > 107 { throw .badOption("socket", why: "is longer than the 107 bytes of a socket path") }
@@ -99,6 +106,14 @@ package final class Target {
   }
 
   var processID: Int32? { process?.processID ?? peerProcess }
+
+  /// Whether what we started has started another process: how that one ends is hidden from us.
+  var worksInChild: Bool {
+    guard let process = process?.processID, let file = try? OwnedFD.open("/proc/\(process)/task/\(process)/children", O_RDONLY),
+      let bytes = try? file.readToEnd(limit: 4096)
+    else { return false }
+    return !bytes.isEmpty
+  }
 
   /// A fresh connection, starting the back end where that is ours to do.
   func connect() throws(ProbeError) -> OwnedFD {
@@ -201,6 +216,28 @@ package final class Target {
     let made = unsafe template.withUnsafeMutableBufferPointer { buffer in unsafe buffer.baseAddress.flatMap { unsafe mkdtemp($0) } != nil }
     guard made else { throw .system(SystemError("make a directory under /tmp", Errno.current)) }
     return String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+  }
+}
+
+/// Processors by number.
+enum Processors {
+  private final class Result: Sendable {
+    let code = Atomic<CInt>(0)
+  }
+
+  /// Fails for one that is not there, or where we may not run.
+  static func expect(_ numbers: [Int], _ option: String) throws(ProbeError) {
+    for number in numbers {
+      let result = Result()
+      // A thread that ends with it: our own processors stay as they are.
+      let thread = try wrapping { () throws(SystemError) in
+        try HostThread.start(name: "pin") { result.code.store(clinux_pin(CInt(number)), ordering: .releasing) }
+      }
+      thread.join()
+      guard result.code.load(ordering: .acquiring) == 0 else {
+        throw .badOption(option, why: "names processor \(number), which is not there or not for this process")
+      }
+    }
   }
 }
 

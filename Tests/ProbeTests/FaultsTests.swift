@@ -7,9 +7,11 @@ private var brokenBackEnd: String {
   URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent().appendingPathComponent("broken-backend").path
 }
 
-private func attack(_ type: String, _ defects: [String], only: String, exact: Bool = false) throws -> [FaultResult] {
+/// - Parameter timeout: a good back end on a loaded machine gets more of it than one that is known to hang.
+private func attack(_ type: String, _ defects: [String], only: String, exact: Bool = false, timeout: String = "0.7") throws -> [FaultResult]
+{
   let options = try Options.parse(
-    ["--type", type, "--timeout", "0.7", "--only", only] + (exact ? ["--exact"] : []) + ["--", brokenBackEnd, "{socket}", type] + defects,
+    ["--type", type, "--timeout", timeout, "--only", only] + (exact ? ["--exact"] : []) + ["--", brokenBackEnd, "{socket}", type] + defects,
     verb: .faults)
   let target = try Target(options)
   defer { target.close() }
@@ -19,13 +21,13 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
 @Suite(.serialized) struct FaultsTests {
   @Test(arguments: ["message.", "place.", "ring.", "repeat.,leave.", "header.,order."])
   func aGoodBackEndStandsUpToEverything(family: String) throws {
-    let results = try attack("block", [], only: family)
+    let results = try attack("block", [], only: family, timeout: "10")
     #expect(results.count > 10)
     for result in results where result.verdict.isFinding { Issue.record("\(result.id): \(result.verdict) \(result.trace)") }
   }
 
   @Test func malformedMessagesAreSeenToCrash() throws {
-    let results = try attack("block", ["abort-malformed"], only: "message.set_vring_num,message.get_features.huge")
+    let results = try attack("block", ["abort-malformed"], only: "message.set_vring_num,message.get_features.huge", timeout: "10")
     for form in ["none", "short", "long", "full", "huge", "ones", "reply", "version", "reserved", "descriptors", "cut"] {
       guard let result = results.first(where: { $0.id == "message.set_vring_num.\(form)" }) else {
         Issue.record("\(form) is missing")
@@ -48,13 +50,13 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
   }
 
   @Test func aBackEndThatLeaksIsSeen() throws {
-    for result in try attack("block", ["leak-malformed"], only: "message.set_vring_addr.short,header.ones") {
+    for result in try attack("block", ["leak-malformed"], only: "message.set_vring_addr.short,header.ones", timeout: "5") {
       guard case .leaked = result.verdict else {
         Issue.record("\(result.id): \(result.verdict)")
         continue
       }
     }
-    for result in try attack("block", ["leak-calls"], only: "repeat.call") {
+    for result in try attack("block", ["leak-calls"], only: "repeat.call", timeout: "5") {
       guard case .leaked = result.verdict else {
         Issue.record("\(result.id): \(result.verdict)")
         continue
@@ -66,7 +68,7 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
     "ring.head", "ring.index-jump", "ring.next", "ring.self", "ring.loop", "ring.data-outside", "ring.indirect-nested", "ring.packed-loop",
   ])
   func aRingThatIsNotCheckedIsSeenToCrash(id: String) throws {
-    let results = try attack("block", ["abort-malformed"], only: id)
+    let results = try attack("block", ["abort-malformed"], only: id, timeout: "10")
     #expect(!results.isEmpty)
     for result in results {
       guard case .crashed = result.verdict else {
@@ -92,12 +94,30 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
   }
 
   @Test func aBackEndThatTiresOfSessionsIsSeen() throws {
-    let results = try attack("block", ["tires"], only: "repeat.sessions", exact: true)
+    let results = try attack("block", ["tires"], only: "repeat.sessions", exact: true, timeout: "10")
     #expect(results.map(\.verdict.word) == ["CRASHED"])
   }
 
+  @Test func everyFormNamesEveryAttackAndItsVerdict() throws {
+    let words = ["--type", "block", "--timeout", "10", "--only", "message.set_vring_num.short,message.get_features.none"]
+    let options = try Options.parse(words + ["--", brokenBackEnd, "{socket}", "block", "abort-malformed"], verb: .faults)
+    let target = try Target(options)
+    defer { target.close() }
+    let faults = try Faults(target, options)
+    let results = try faults.run()
+    #expect(results.count == 2)
+    let text = faults.written(results, as: .text, isVerbose: false)
+    #expect(text.contains("CRASHED   message.set_vring_num.short") && text.contains("was killed by signal 6") && text.contains("1 crashed"))
+    #expect(faults.written(results, as: .tap, isVerbose: false).hasPrefix("TAP version 13\n1..2\n"))
+    let junit = faults.written(results, as: .junit, isVerbose: false)
+    #expect(junit.contains("failures=\"1\"") && junit.contains("message.get_features.none"))
+    #expect(try XMLDocumentCheck.isWellFormed(junit))
+    let json = try JSONSerialization.jsonObject(with: Data(faults.written(results, as: .json, isVerbose: false).utf8)) as? [String: Any]
+    #expect((json?["cases"] as? [Any])?.count == 2)
+  }
+
   @Test func memoryThatIsCutOffEndsWhoDoesNotCheckSeals() throws {
-    let results = try attack("block", [], only: "memory.truncated")
+    let results = try attack("block", [], only: "memory.truncated", timeout: "10")
     guard case .crashed? = results.first?.verdict else {
       Issue.record("\(results)")
       return

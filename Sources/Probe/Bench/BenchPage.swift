@@ -6,7 +6,7 @@ extension BenchReport {
   /// One page with everything in it: no script, no other file.
   static func page(_ reports: [BenchReport]) -> String {
     """
-    <!doctype html><html lang="en"><head><meta charset="utf-8"><title>\(reports.first.map { $0.escaped($0.name) } ?? "")</title><style>
+    <!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>\(reports.first.map { $0.escaped($0.name) } ?? "")</title><style>
     body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:#1a1a1a;background:#fff}
     h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}svg{width:100%;height:auto}table{border-collapse:collapse}
     td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}

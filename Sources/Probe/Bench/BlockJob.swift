@@ -85,6 +85,7 @@ package struct BlockJob: Sendable {
     flushEvery = try options.number("fsync", in: 0...1_000_000_000) ?? flushEvery
     sleeps = try options.choice("wait", [("spin", false), ("sleep", true)]) ?? false
     pin = try options.processors("pin")
+    try Processors.expect(pin, "pin")
     isPacked = options.has("packed")
     hasEventIndex = !options.has("no-event-idx")
     recordsInflight = options.has("inflight")

@@ -19,11 +19,16 @@ final class BlockRun: BenchRun {
     do throws(ProbeError) { try link.negotiate(configurationByteCount: 60) } catch {
       throw target.explaining(error)
     }
+    try DeviceGuess.expect(.block, link.offer, target)
     guard let space = link.offer.configuration else {
       throw .unsuitable("The back end gives no configuration space; bench needs a block device's")
     }
     let capacity = BlockConfiguration(decoding: space).capacity
     guard capacity > 0, capacity < 1 << 54 else { throw .unsuitable("The disk has no room: its capacity is \(capacity) sectors") }
+    if let size = job.size, job.offset + size > capacity * 512 {
+      throw .unsuitable(
+        "The disk has \(capacity * 512) bytes; --size \(size)" + (job.offset > 0 ? " from --offset \(job.offset) on" : "") + " is more")
+    }
     self.capacity = capacity
     var features: FeatureSet = [.version1, .blockFlush, .blockMultipleQueues, .blockBlockSize, .blockSegMax]
     if job.hasEventIndex { features.insert(.eventIndex) }

@@ -78,6 +78,7 @@ package struct NetJob: Sendable {
     rate = try options.number("rate-iops", in: 1...1_000_000_000).map { UInt64($0) }
     sleeps = try options.choice("wait", [("spin", false), ("sleep", true)]) ?? false
     pin = try options.processors("pin")
+    try Processors.expect(pin, "pin")
     isPacked = options.has("packed")
     hasEventIndex = !options.has("no-event-idx")
     isMergeable = options.has("mergeable")

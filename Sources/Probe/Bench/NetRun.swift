@@ -18,6 +18,7 @@ final class NetRun: BenchRun {
   init(_ target: Target, _ job: NetJob, frameSize: Int, _ rate: CycleRate) throws(ProbeError) {
     var link = try Link(target)
     do throws(ProbeError) { try link.negotiate() } catch { throw target.explaining(error) }
+    try DeviceGuess.expect(.net, link.offer, target)
     var features: FeatureSet = .version1
     if job.hasEventIndex { features.insert(.eventIndex) }
     if job.isPacked { features.insert(.packedRing) }

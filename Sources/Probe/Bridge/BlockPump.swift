@@ -79,6 +79,7 @@ final class BlockPump {
     do throws(ProbeError) { try link.negotiate(configurationByteCount: BlockConfiguration.commonByteCount) } catch {
       throw target.explaining(error)
     }
+    try DeviceGuess.expect(.block, link.offer, target)
     guard let bytes = link.offer.configuration else { throw .unsuitable("The back end gives no configuration space; is it a disk?") }
     let space = BlockConfiguration(decoding: bytes)
     guard space.capacity > 0, space.capacity < 1 << 54 else {

@@ -57,6 +57,7 @@ final class NetBridge {
   init(_ target: Target, tap: String?, capture: String?, mayOffload: Bool) throws(ProbeError) {
     var link = try Link(target)
     do throws(ProbeError) { try link.negotiate() } catch { throw target.explaining(error) }
+    try DeviceGuess.expect(.net, link.offer, target)
     let offloads = tap != nil && mayOffload ? Self.offloads(link.offer.features) : []
     self.offloads = offloads
     frameByteCount = (offloads.isEmpty ? 16384 : 65600) - FrameRing.headerByteCount

@@ -53,12 +53,13 @@ package struct Check {
   /// The ids of every case.
   package static var ids: [String] { all.map(\.id) }
 
-  package func run() throws(ProbeError) -> CheckReport {
+  /// - Parameter endurance: how long a ring is driven round and round at most.
+  package func run(endurance: Duration = .seconds(2)) throws(ProbeError) -> CheckReport {
     guard target.canReconnect else {
       throw .unsuitable("Every case needs a connection of its own, and --fd gives only one; use --socket or a command")
     }
     let card = try InfoCard(target, options)
-    let context = CheckContext(target, card.guess.device, card.offer, mayWrite: options.has("writes"))
+    let context = CheckContext(target, card.guess.device, card.offer, mayWrite: options.has("writes"), endurance: endurance)
     let only = options.text("only").map { $0.split(separator: ",").map(String.init) }
     let skip = options.text("skip").map { $0.split(separator: ",").map(String.init) } ?? []
     let chosen = Self.all.filter { item in

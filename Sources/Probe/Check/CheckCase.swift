@@ -73,13 +73,16 @@ final class CheckContext {
   let offer: Offer
   /// Whether the disk's content may be destroyed.
   let mayWrite: Bool
+  /// How long a ring is driven round and round.
+  let endurance: Duration
   let trace = Trace()
 
-  init(_ target: Target, _ device: DeviceID?, _ offer: Offer, mayWrite: Bool) {
+  init(_ target: Target, _ device: DeviceID?, _ offer: Offer, mayWrite: Bool, endurance: Duration) {
     self.target = target
     self.device = device
     self.offer = offer
     self.mayWrite = mayWrite
+    self.endurance = endurance
   }
 
   var block: BlockConfiguration { BlockConfiguration(decoding: offer.configuration ?? []) }
@@ -95,7 +98,25 @@ final class CheckContext {
 
   func client(_ setup: RingClient.Setup = RingClient.Setup()) throws -> RingClient {
     guard RingClient.ping(device) != nil else { throw CaseStop.notApplicable("the probe knows no request for this device") }
-    return try RingClient(target, device, setup, trace: trace)
+    let client = try RingClient(target, device, setup, trace: trace)
+    client.patience = patience
+    return client
+  }
+
+  /// How long anything may take that has to happen. On a loaded machine a process may not run for seconds.
+  var patience: Duration { target.timeout }
+
+  /// For what comes true a little after what shows it, as the last step of a completion does after its publication.
+  func soon(_ body: () throws -> Void) throws {
+    let end = MonotonicTime.now.advanced(by: patience)
+    while true {
+      do {
+        return try body()
+      } catch let stop as CaseStop {
+        guard MonotonicTime.now < end else { throw stop }
+        usleep(500)
+      }
+    }
   }
 
   func needs(_ feature: ProtocolFeatures) throws {

@@ -107,6 +107,8 @@ private final class PortClient {
   private let input: GuestAddress
   private var addressOfHead: [UInt16: GuestAddress] = [:]
   private let patience: Duration
+  /// The longest that the device took to take something.
+  private var slowness = Duration.zero
 
   private static let inputByteCount = 256
   private static let inputCount = 16
@@ -114,7 +116,7 @@ private final class PortClient {
   init(_ context: CheckContext) throws {
     guard let space = context.offer.configuration else { throw CaseStop.notApplicable("it gives no configuration") }
     maxPortCount = ConsoleConfiguration(decoding: space).maxPortCount
-    patience = min(context.target.timeout, .seconds(1))
+    patience = context.patience
     var link = try Link(context.target, trace: context.trace)
     try link.negotiate()
     let features = link.offer.features.intersection([.version1, .consoleMultiplePorts])
@@ -171,17 +173,19 @@ private final class PortClient {
     let box = rings[queue]
     let buffers = [DriverBuffer(output, UInt32(bytes.count), isDeviceWritable: false)]
     guard let head = box.ring.queue.add(buffers.span) else { throw CaseStop.fail("the probe's ring is full") }
+    let begin = MonotonicTime.now
     if box.ring.queue.publish() { box.ring.kick.signal() }
     guard let used = try takeUsed(box, within: patience) else { throw CaseStop.fail("\(what) was not taken") }
+    slowness = max(slowness, MonotonicTime.now.since(begin))
     guard used.head == head else { throw CaseStop.fail("chain \(used.head) was used instead of \(head)") }
     return used.written
   }
 
-  /// Control messages up to a moment's silence.
+  /// Control messages up to a moment's silence, which is longer where the device is slow to take ours.
   private func hear() throws -> [Message] {
     let box = rings[ConsoleSpec.controlReceiveQueue]
     var messages: [Message] = []
-    while let used = try takeUsed(box, within: messages.isEmpty ? patience : .milliseconds(60)) {
+    while let used = try takeUsed(box, within: messages.isEmpty ? patience : .milliseconds(60) + slowness * 20) {
       guard let address = addressOfHead[used.head], Int(used.written) <= Self.inputByteCount,
         let bytes = arena.memory.bytes(at: address, count: Int(used.written))
       else { throw CaseStop.fail("a control message reports \(used.written) bytes") }

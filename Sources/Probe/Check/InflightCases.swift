@@ -34,9 +34,6 @@ enum InflightCases {
     }
 
     func store(_ value: UInt64, _ count: Int, entry: Int, _ offset: Int) { store(value, count, unit + unit * entry + offset) }
-
-    /// The last step of a completion may come after its publication.
-    func settle() { usleep(5_000) }
   }
 
   /// - Parameter starts: otherwise the area and the ring are as a predecessor left them, and the ring is not started.
@@ -85,7 +82,6 @@ enum InflightCases {
     let head = try tracked.client.offerPing()
     guard let used = try tracked.client.takeUsed() else { throw CaseStop.fail("a request was not completed") }
     guard used.head == head else { throw CaseStop.fail("chain \(used.head) was completed instead of \(head)") }
-    tracked.settle()
     return head
   }
 
@@ -97,8 +93,7 @@ enum InflightCases {
     guard let used = try client.takeUsed() else { throw CaseStop.fail("the request was not completed") }
     try context.expect(used.head == head, "chain \(used.head) was completed instead of \(head)")
     try context.expect(try client.takeUsed(within: .milliseconds(50)) == nil, "it was completed twice")
-    tracked.settle()
-    try context.expect(tracked.entry(0)[0] == 0, "its entry is still marked: \(tracked.entry(0).hexText())")
+    try context.soon { try context.expect(tracked.entry(0)[0] == 0, "its entry is still marked: \(tracked.entry(0).hexText())") }
     try client.ping()
   }
 
@@ -110,21 +105,25 @@ enum InflightCases {
       let tracked = try tracked(context)
       for count in 1...3 {
         _ = try request(tracked)
-        try expectHeader(context, tracked)
-        let header = tracked.header()
-        try context.expect(
-          header.number(at: 14, 2) == count, "used_idx is \(header.number(at: 14, 2)) after \(count) requests: \(header.hexText())")
+        try context.soon {
+          try expectHeader(context, tracked)
+          let header = tracked.header()
+          try context.expect(
+            header.number(at: 14, 2) == count, "used_idx is \(header.number(at: 14, 2)) after \(count) requests: \(header.hexText())")
+        }
       }
     },
     CheckCase("inflight.batch", "The last batch begins at the chain that was completed last", section) { context in
       let tracked = try tracked(context)
       for _ in 0..<3 {
         let head = try request(tracked)
-        let header = tracked.header()
-        try context.expect(
-          header.number(at: 12, 2) == head, "last_batch_head is \(header.number(at: 12, 2)) instead of \(head): \(header.hexText())")
+        try context.soon {
+          let header = tracked.header()
+          try context.expect(
+            header.number(at: 12, 2) == head, "last_batch_head is \(header.number(at: 12, 2)) instead of \(head): \(header.hexText())")
+        }
       }
-      try expectNothingInFlight(context, tracked)
+      try context.soon { try expectNothingInFlight(context, tracked) }
     },
     CheckCase("inflight.counters", "Each request taken gets a counter greater than the one before", section) { context in
       let tracked = try tracked(context)
@@ -178,34 +177,37 @@ enum InflightCases {
         _ = try tracked.client.ping()
         // Long enough to see each of the first, and those round the end.
         guard count <= 3 || count * step >= entries - step else { continue }
-        tracked.settle()
-        try expectHeader(context, tracked)
-        let header = tracked.header()
         let place = count * step % entries
         let wrap = count * step / entries % 2 == 0 ? 1 : 0
-        for (name, offset, width, expected) in [
-          ("used_idx", 16, 2, place), ("old_used_idx", 18, 2, place), ("used_wrap_counter", 20, 1, wrap),
-          ("old_used_wrap_counter", 21, 1, wrap),
-        ] {
-          let found = header.number(at: offset, width)
-          try context.expect(
-            found == expected, "\(name) is \(found) instead of \(expected) after \(count * step) descriptors: \(header.hexText())")
+        try context.soon {
+          try expectHeader(context, tracked)
+          let header = tracked.header()
+          for (name, offset, width, expected) in [
+            ("used_idx", 16, 2, place), ("old_used_idx", 18, 2, place), ("used_wrap_counter", 20, 1, wrap),
+            ("old_used_wrap_counter", 21, 1, wrap),
+          ] {
+            let found = header.number(at: offset, width)
+            try context.expect(
+              found == expected, "\(name) is \(found) instead of \(expected) after \(count * step) descriptors: \(header.hexText())")
+          }
         }
       }
     },
     CheckCase("inflight.packed-free", "When nothing is in flight every entry is in the list of free ones, once", section) { context in
       let tracked = try tracked(context, packed: true)
       for _ in 0..<5 { _ = try request(tracked) }
-      try expectNothingInFlight(context, tracked)
-      let header = tracked.header()
-      var here = Int(header.number(at: 12, 2))
-      try context.expect(
-        header.number(at: 14, 2) == here, "free_head is \(here) and old_free_head \(header.number(at: 14, 2)): \(header.hexText())")
-      var seen: Set<Int> = []
-      while seen.count < entries {
-        try context.expect(here < entries, "the list of free entries leads to \(here), after \(seen.count) of them")
-        try context.expect(seen.insert(here).inserted, "the list of free entries comes to \(here) twice, after \(seen.count) of them")
-        here = Int(tracked.entry(here).number(at: 2, 2))
+      try context.soon {
+        try expectNothingInFlight(context, tracked)
+        let header = tracked.header()
+        var here = Int(header.number(at: 12, 2))
+        try context.expect(
+          header.number(at: 14, 2) == here, "free_head is \(here) and old_free_head \(header.number(at: 14, 2)): \(header.hexText())")
+        var seen: Set<Int> = []
+        while seen.count < entries {
+          try context.expect(here < entries, "the list of free entries leads to \(here), after \(seen.count) of them")
+          try context.expect(seen.insert(here).inserted, "the list of free entries comes to \(here) twice, after \(seen.count) of them")
+          here = Int(tracked.entry(here).number(at: 2, 2))
+        }
       }
     },
     CheckCase("inflight.packed-copies", "A request's entries hold copies of its descriptors, their number, and a growing counter", section)
@@ -220,32 +222,35 @@ enum InflightCases {
         let descriptors = try ringDescriptors(tracked, from: turn * step, step)
         client.ring.kick.signal()
         guard try client.takeUsed()?.head == offered else { throw CaseStop.fail("request \(turn + 1) was not completed") }
-        tracked.settle()
-        // Its first entry is the one with the greatest counter.
-        let heads = (0..<entries).filter { tracked.entry($0).number(at: 6, 2) != 0 }
-        guard let first = heads.max(by: { tracked.entry($0).number(at: 8, 8) < tracked.entry($1).number(at: 8, 8) }) else {
-          throw CaseStop.fail("no entry was ever used")
-        }
-        let head = tracked.entry(first)
-        try context.expect(head.number(at: 6, 2) == step, "num is \(head.number(at: 6, 2)) instead of \(step): \(head.hexText())")
-        try context.expect(turn == 0 || head.number(at: 8, 8) > last, "the counter does not grow: \(head.hexText())")
-        last = head.number(at: 8, 8)
-        var here = first
-        for (position, descriptor) in descriptors.enumerated() {
-          let entry = tracked.entry(here)
-          // Descriptor: address, length, id, flags. Entry from 16 on: id, flags, length, address. The id counts in the last only.
-          let isSame =
-            entry[24..<32].elementsEqual(descriptor[0..<8]) && entry[20..<24].elementsEqual(descriptor[8..<12])
-            && (position + 1 < step || entry[16..<18].elementsEqual(descriptor[12..<14]))
-            && (entry.number(at: 18, 2) ^ descriptor.number(at: 14, 2)) & 7 == 0
-          try context.expect(isSame, "entry \(here) is \(entry.hexText()) for descriptor \(descriptor.hexText())")
-          if position == step - 1 {
-            try context.expect(head.number(at: 4, 2) == here, "last is \(head.number(at: 4, 2)) instead of \(here): \(head.hexText())")
-          } else {
-            here = Int(entry.number(at: 2, 2))
-            try context.expect(here < entries, "next is \(here): \(entry.hexText())")
+        var counter: UInt64 = 0
+        try context.soon {
+          // Its first entry is the one with the greatest counter.
+          let heads = (0..<entries).filter { tracked.entry($0).number(at: 6, 2) != 0 }
+          guard let first = heads.max(by: { tracked.entry($0).number(at: 8, 8) < tracked.entry($1).number(at: 8, 8) }) else {
+            throw CaseStop.fail("no entry was ever used")
+          }
+          let head = tracked.entry(first)
+          try context.expect(head.number(at: 6, 2) == step, "num is \(head.number(at: 6, 2)) instead of \(step): \(head.hexText())")
+          try context.expect(turn == 0 || head.number(at: 8, 8) > last, "the counter does not grow: \(head.hexText())")
+          counter = head.number(at: 8, 8)
+          var here = first
+          for (position, descriptor) in descriptors.enumerated() {
+            let entry = tracked.entry(here)
+            // Descriptor: address, length, id, flags. Entry from 16 on: id, flags, length, address. The id counts in the last only.
+            let isSame =
+              entry[24..<32].elementsEqual(descriptor[0..<8]) && entry[20..<24].elementsEqual(descriptor[8..<12])
+              && (position + 1 < step || entry[16..<18].elementsEqual(descriptor[12..<14]))
+              && (entry.number(at: 18, 2) ^ descriptor.number(at: 14, 2)) & 7 == 0
+            try context.expect(isSame, "entry \(here) is \(entry.hexText()) for descriptor \(descriptor.hexText())")
+            if position == step - 1 {
+              try context.expect(head.number(at: 4, 2) == here, "last is \(head.number(at: 4, 2)) instead of \(here): \(head.hexText())")
+            } else {
+              here = Int(entry.number(at: 2, 2))
+              try context.expect(here < entries, "next is \(here): \(entry.hexText())")
+            }
           }
         }
+        last = counter
       }
     },
     CheckCase(

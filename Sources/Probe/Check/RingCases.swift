@@ -36,7 +36,7 @@ enum RingCases {
         try context.needs(flavour.features)
         let client = try context.client(RingClient.Setup(features: flavour.features, ringSize: 4))
         // Four entries wrap at once; the index needs 65536 requests, which only a quick device does in time.
-        let end = MonotonicTime.now.advanced(by: .seconds(2))
+        let end = MonotonicTime.now.advanced(by: context.endurance)
         var count = 0
         while count < 40 || (count < 66_000 && MonotonicTime.now < end) {
           try client.ping(shape: shape)
@@ -51,9 +51,10 @@ enum RingCases {
           client.ring.call.drain()
           _ = client.ring.queue.enableCalls()
           _ = try client.offer(ping.request, answerByteCount: ping.answerByteCount, shape: shape)
-          let signalled = try client.ring.call.fd.waitUntil(.readable, timeout: min(context.target.timeout, .seconds(2)))
+          let signalled = try client.ring.call.fd.waitUntil(.readable, timeout: context.patience)
           try context.expect(signalled, "no call came")
-          guard try client.takeUsed(within: .milliseconds(500)) != nil else { throw CaseStop.fail("a call came, and nothing was used") }
+          // A device may call without a reason: then the completion is still to come.
+          guard try client.takeUsed() != nil else { throw CaseStop.fail("a call came, and nothing was used") }
         }
       },
       CheckCase("ring.\(flavour.name).no-call", "Without being asked the device may call, but goes on working", section) { context in
@@ -174,7 +175,7 @@ enum RingCases {
       _ = client.ring.queue.enableCalls()
       guard let ping = RingClient.ping(client.device) else { return }
       _ = try client.offer(ping.request, answerByteCount: ping.answerByteCount)
-      try context.expect(try other.fd.waitUntil(.readable, timeout: .seconds(1)), "the new descriptor was not signalled")
+      try context.expect(try other.fd.waitUntil(.readable, timeout: context.patience), "the new descriptor was not signalled")
       try context.expect(!client.ring.call.isSignalledNow(), "the old descriptor was signalled")
     },
     CheckCase("kick.replace", "A new kick descriptor is listened to", "vhost-user, SET_VRING_KICK") { context in
@@ -285,13 +286,13 @@ enum RingCases {
       let header = map.bytes(start..<start + 16)
       try context.expect(header.number(at: 8, 2) == 1, "version \(header.number(at: 8, 2)) instead of 1: \(header.hexText())")
       try context.expect(header.number(at: 10, 2) == 64, "\(header.number(at: 10, 2)) entries instead of 64: \(header.hexText())")
-      for entry in 0..<64 where start + 32 + 16 * entry <= map.byteCount {
-        try context.expect(map.byte(at: start + 16 + 16 * entry) == 0, "entry \(entry) is marked though nothing is in flight")
+      try context.soon {
+        for entry in 0..<64 where start + 32 + 16 * entry <= map.byteCount {
+          try context.expect(map.byte(at: start + 16 + 16 * entry) == 0, "entry \(entry) is marked though nothing is in flight")
+        }
+        let used = map.bytes(start + 14..<start + 16).number(at: 0, 2)
+        try context.expect(used == 7, "used_idx is \(used) after 7 requests")
       }
-      // The last step of a completion may come after its publication.
-      usleep(10_000)
-      let used = map.bytes(start + 14..<start + 16).number(at: 0, 2)
-      try context.expect(used == 7, "used_idx is \(used) after 7 requests")
     },
   ]
 

@@ -30,7 +30,7 @@ enum SessionCases {
       _ = client.ring.queue.enableCalls()
       guard let ping = RingClient.ping(client.device) else { return }
       _ = try client.offer(ping.request, answerByteCount: ping.answerByteCount)
-      let signalled = try client.ring.call.fd.waitUntil(.readable, timeout: min(context.target.timeout, .seconds(2)))
+      let signalled = try client.ring.call.fd.waitUntil(.readable, timeout: context.patience)
       try context.expect(signalled, "no call came")
     },
     CheckCase("order.base-last", "Size, base and place of a ring may come in any order", "vhost-user, starting and stopping rings") {

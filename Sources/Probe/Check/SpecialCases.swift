@@ -68,6 +68,15 @@ enum SpecialCases {
         guard case .protocolError(_, .closed) = error else { throw error }
       }
     },
+    CheckCase(
+      "crypto.close", "Closing a session that is not open is done or refused, and does not end the conversation",
+      "vhost-user, CLOSE_CRYPTO_SESSION"
+    ) { context in
+      try context.needs(.cryptoSession)
+      var link = try context.negotiated(Link.wanted.union(.cryptoSession))
+      try context.expect(try link.refusal(.closeCryptoSession(0x7777)) != "closed", "it closes the connection")
+      _ = try link.number(.getFeatures)
+    },
     CheckCase("gpu.socket", "GPU_SET_SOCKET is done by a display adapter", "vhost-user, GPU_SET_SOCKET") { context in
       guard context.device == .gpu else { throw CaseStop.notApplicable("the device is no gpu") }
       var link = try context.negotiated()
@@ -131,7 +140,7 @@ enum SpecialCases {
       _ = try client.offerPing(kick: false)
       try client.link.send(.vringKick(VringState(index: index, number: 0)))
       guard try client.takeUsed() != nil else { throw CaseStop.fail("a kick by message had no effect") }
-      guard try ours.waitUntil(.readable, timeout: min(context.target.timeout, .seconds(2))) else {
+      guard try ours.waitUntil(.readable, timeout: context.patience) else {
         throw CaseStop.fail("no call came on the back end's channel")
       }
       var bytes = [UInt8](repeating: 0, count: 64)

@@ -58,7 +58,7 @@ private final class TranslatedClient {
     try context.needs(.backEndRequests)
     try context.needs([.accessPlatform, .version1])
     device = context.device
-    patience = min(context.target.timeout, .seconds(2))
+    patience = context.patience
     var link = try context.negotiated(Link.wanted.union(.backEndRequests))
     let pair = try UnixSocket.pair(.stream)
     channel = try pair.split { ours, theirs throws(ProbeError) in

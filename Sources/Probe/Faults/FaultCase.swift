@@ -168,7 +168,17 @@ final class FaultContext {
 
   private func judge(_ crashes: Int, _ refusal: String?) -> FaultVerdict {
     let process = target.process?.processID
-    let problem = serve()
+    let begin = MonotonicTime.now
+    var problem = serve()
+    if problem != nil {
+      // Who refuses at once may be dying, which takes its time, on a loaded machine more of it; who says nothing rather hangs.
+      let isQuick = MonotonicTime.now.since(begin) < min(target.timeout, .seconds(2)) / 2
+      let end = MonotonicTime.now.advanced(by: isQuick ? min(target.timeout, .seconds(3)) : .milliseconds(150))
+      while problem != nil, target.crashes.count == crashes, MonotonicTime.now < end {
+        usleep(50_000)
+        if target.collect() == nil { problem = serve() }
+      }
+    }
     target.collect()
     if target.crashes.count > crashes {
       if let crash = crash(since: crashes) { return crash }
@@ -178,16 +188,11 @@ final class FaultContext {
       if problem != nil, serve() != nil, serve() != nil, serve() != nil { return .crashed("\(end), and a new one does not serve") }
       return .refused("the process \(end)")
     }
-    if problem != nil {
-      // A process that is dying does so within this time.
-      usleep(100_000)
-      if let end = target.collect() { return .crashed("\(end)" + (target.lastWords.isEmpty ? "" : "; it said: \(target.lastWords)")) }
-      guard let again = serve() else { return leak(process) ?? refusal.map { .refused($0) } ?? .survived }
-      // A large process takes its time to die.
-      target.collect()
-      if let crash = crash(since: crashes) { return crash }
-      if !target.isOurs, again.contains("refused (ECONNREFUSED)") || again.contains("ENOENT") { return .crashed("nobody listens any more") }
-      return .hung("the next front end is not served: \(again)")
+    if let problem {
+      if !target.isOurs, problem.contains("refused (ECONNREFUSED)") || problem.contains("ENOENT") {
+        return .crashed("nobody listens any more")
+      }
+      return .hung("the next front end is not served: \(problem)")
     }
     return leak(process) ?? refusal.map { .refused($0) } ?? .survived
   }

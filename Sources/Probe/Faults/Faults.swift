@@ -48,6 +48,8 @@ package final class Faults {
   private let options: Options
   private let interruption: Interruption
   private var device = "unknown"
+  /// What the verdicts cannot know here.
+  private var caveat = ""
 
   package init(_ target: Target, _ options: Options) throws(ProbeError) {
     self.target = target
@@ -61,6 +63,9 @@ package final class Faults {
     }
     let card = try InfoCard(target, options)
     device = card.guess.device?.name ?? "unknown"
+    if try Self.worksInChild(target) {
+      caveat = "It works in a child of the process that was started: a crash of that child shows as an end of the process by itself.\n"
+    }
     let context = FaultContext(target, card.guess.device, card.offer)
     let only = options.text("only").map { $0.split(separator: ",").map(String.init) }
     let skip = options.text("skip").map { $0.split(separator: ",").map(String.init) } ?? []
@@ -80,6 +85,15 @@ package final class Faults {
     return results
   }
 
+  /// Looked at during a conversation: some end with it.
+  private static func worksInChild(_ target: Target) throws(ProbeError) -> Bool {
+    var link = try Link(target)
+    _ = try link.number(.getFeatures)
+    let answer = target.worksInChild
+    try link.send(.setOwner)
+    return answer
+  }
+
   package func written(_ results: [FaultResult], as format: CheckReport.Format, isVerbose: Bool) -> String {
     if format == .text { return text(results, isVerbose) }
     let cases = results.map { result in
@@ -93,7 +107,7 @@ package final class Faults {
   }
 
   private func text(_ results: [FaultResult], _ isVerbose: Bool) -> String {
-    var text = "faults: \(target.name)\ndevice: \(device)\n\n"
+    var text = "faults: \(target.name)\ndevice: \(device)\n\(caveat)\n"
     for result in results where isVerbose || result.verdict.isFinding {
       text += result.verdict.word.padded(to: 10) + result.id.padded(to: 44) + result.sentence + "\n"
       if !result.verdict.reason.isEmpty { text += "          \(result.verdict.reason)\n" }

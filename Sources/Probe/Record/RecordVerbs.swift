@@ -38,6 +38,7 @@ extension Verb {
       """,
     options: [
       OptionRow("input", "PATH", "the recording"),
+      OptionRow("adapt", nil, "acknowledge only features that this back end offers, as a front end would"),
       OptionRow("verbose", nil, "print every message"),
     ],
     run: { options throws(ProbeError) in
@@ -47,7 +48,7 @@ extension Verb {
       let interruption = try Interruption()
       let target = try Target(options)
       defer { target.close() }
-      let replayer = Replayer(target, interruption, verbose: options.has("verbose"))
+      let replayer = Replayer(target, interruption, verbose: options.has("verbose"), adapts: options.has("adapt"))
       try replayer.run(recording)
       for difference in replayer.differences { Output.line(difference) }
       Output.line(
@@ -63,7 +64,11 @@ extension Verb {
     notes: """
       Recordings are made by record, by martlet run --flight-recorder, and by martlet ctl conversation.
       """,
-    options: [OptionRow("input", "PATH", "the recording")],
+    reachesBackEnd: false,
+    options: [
+      OptionRow("input", "PATH", "the recording"),
+      OptionRow("type", "TYPE", "the device, to call its feature bits by name"),
+    ],
     run: { options throws(ProbeError) in
       guard let path = options.text("input") else { throw .badOption("input", why: "is needed: a recording") }
       let bytes = try wrapping { () throws(SystemError) in try OwnedFD.open(path, 0).readToEnd(limit: 1 << 28) }

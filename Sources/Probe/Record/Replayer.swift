@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import HostSystem
 import VhostUser
+import VirtioSpec
 
 /// Says the front end's half of a recording to a back end, and compares what comes back.
 final class Replayer {
@@ -13,11 +14,16 @@ final class Replayer {
   private(set) var channelCount = 0
   private(set) var differences: [String] = []
   private let isVerbose: Bool
+  /// Whether features that this back end does not offer are left out of what is acknowledged.
+  private let adapts: Bool
+  /// For the names of feature bits.
+  private var device: DeviceID? { target.askedType }
 
-  init(_ target: Target, _ interruption: Interruption, verbose: Bool) {
+  init(_ target: Target, _ interruption: Interruption, verbose: Bool, adapts: Bool) {
     self.target = target
     self.interruption = interruption
     isVerbose = verbose
+    self.adapts = adapts
   }
 
   func run(_ recording: Recording) throws(ProbeError) {
@@ -31,9 +37,15 @@ final class Replayer {
     var kept: [Held] = []
     var channel: SideChannel?
     var answers = lines.filter { $0.side == .channelAnswer }
+    // What it offers, by the request that acknowledges it.
+    var offers: [UInt32: UInt64] = [:]
     for (index, line) in lines.enumerated() where line.side == .frontEnd {
       if interruption.isRequested { return }
-      let words = MessageText.request(line.header, line.payload)
+      var payload = line.payload
+      if adapts, payload.count == 8, let offer = offers[line.header.request] {
+        payload = BlockWire.bytes(payload.number(at: 0, 8) & offer, 8)
+      }
+      let words = MessageText.request(line.header, payload, device: device)
       let isInflight = line.header.request == FrontEndRequest.setInflightFD.rawValue
       var numbers: [CInt] = []
       for attachment in line.attachments {
@@ -56,7 +68,7 @@ final class Replayer {
         kept.append(held)
       }
       if isVerbose { Output.line("> \(words)") }
-      do throws(ProbeError) { try link.tell(line.header, line.payload, descriptors: numbers, name: words) } catch {
+      do throws(ProbeError) { try link.tell(line.header, payload, descriptors: numbers, name: words) } catch {
         differences.append("\(place), message \(index + 1), \(words): \(target.explaining(error))")
         return
       }
@@ -74,18 +86,22 @@ final class Replayer {
       do throws(ProbeError) {
         guard var answer = try link.hear() else {
           differences.append(
-            "\(place), message \(index + 1), \(words): no answer; the recording has: \(MessageText.reply(reply.header, reply.payload))")
+            "\(place), message \(index + 1), \(words): no answer; the recording has: \(MessageText.reply(reply.header, reply.payload, device: device))"
+          )
           return
         }
         replyCount += 1
         if line.header.request == FrontEndRequest.getInflightFD.rawValue, let fd = answer.descriptors.takeFirst() {
           kept.append(Held(fd, isInflight: true))
         }
-        let now = MessageText.reply(answer.header, answer.payload)
+        if answer.payload.count == 8, let acknowledging = Self.acknowledging[answer.header.request] {
+          offers[acknowledging] = answer.payload.number(at: 0, 8)
+        }
+        let now = MessageText.reply(answer.header, answer.payload, device: device)
         if isVerbose { Output.line("< \(now)") }
         if let difference = Self.difference(reply, answer.header, answer.payload) {
           differences.append(
-            "\(place), message \(index + 1), \(words): \(difference)\n    recorded: \(MessageText.reply(reply.header, reply.payload))\n    now:      \(now)"
+            "\(place), message \(index + 1), \(words): \(difference)\n    recorded: \(MessageText.reply(reply.header, reply.payload, device: device))\n    now:      \(now)"
           )
         }
       } catch {
@@ -94,6 +110,12 @@ final class Replayer {
       }
     }
   }
+
+  /// Which request acknowledges what another one's answer offered.
+  private static let acknowledging: [UInt32: UInt32] = [
+    FrontEndRequest.getFeatures.rawValue: FrontEndRequest.setFeatures.rawValue,
+    FrontEndRequest.getProtocolFeatures.rawValue: FrontEndRequest.setProtocolFeatures.rawValue,
+  ]
 
   /// Answers what is asked on the channel as it was answered then, or with success; with a socket, until something can be
   /// read there.

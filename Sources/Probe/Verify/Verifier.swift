@@ -40,6 +40,8 @@ package final class Verifier {
     package var blockSize = 4096
     package var depth = 16
     package var byteCount: UInt64 = 16 << 20
+    /// Whether a disk with less room is refused.
+    package var isExact = false
     package var duration = Duration.seconds(10)
     package var interval = Duration.seconds(1)
     package var kills = true
@@ -112,10 +114,14 @@ package final class Verifier {
     if !plan.mayUseInflight { wanted.remove(.inflightShmFD) }
     try link.negotiate(wanted, configurationByteCount: 60)
     if blocks.isEmpty {
+      try DeviceGuess.expect(.block, link.offer, target)
       guard let space = link.offer.configuration else { throw .unsuitable("verify needs a disk, and the back end gives no configuration") }
       if link.offer.features.contains(.blockReadOnly) { throw .unsuitable("The disk is read-only; verify writes") }
       let capacity = BlockConfiguration(decoding: space).capacity
-      let count = min(plan.byteCount, capacity &* 512) / UInt64(plan.blockSize)
+      guard capacity < 1 << 54, !plan.isExact || plan.byteCount <= capacity * 512 else {
+        throw .unsuitable("The disk has \(capacity &* 512) bytes; --size \(plan.byteCount) is more")
+      }
+      let count = min(plan.byteCount, capacity * 512) / UInt64(plan.blockSize)
       guard count >= UInt64(plan.depth) * 2 else {
         throw .unsuitable("The disk has room for \(count) blocks; verify needs \(plan.depth * 2)")
       }
@@ -323,7 +329,9 @@ package final class Verifier {
       }
       if now.since(lastProgress) > .milliseconds(500) {
         lastProgress = now
-        Progress.show("verify: \(result.writes) writes, \(result.reads) reads, \(result.kills) kills, \(result.findingCount) findings")
+        let left = decimal(Double(end.since(now).nanoseconds) / 1e9, 0)
+        Progress.show(
+          "verify: \(result.writes) writes, \(result.reads) reads, \(result.kills) kills, \(result.findingCount) findings, \(left) s left")
       }
     }
     try drain()

@@ -24,6 +24,7 @@ extension Verb {
     run: { options throws(ProbeError) in
       var plan = Verifier.Plan()
       plan.byteCount = try options.byteCount("size", in: 65536...1 << 40) ?? plan.byteCount
+      plan.isExact = options.has("size")
       if let size = try options.byteCount("bs", in: 512...1 << 20) {
         guard size % 512 == 0 else { throw .badOption("bs", why: "wants a multiple of 512 bytes, not \(size)") }
         plan.blockSize = Int(size)
