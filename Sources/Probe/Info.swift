@@ -27,6 +27,8 @@ struct InfoCard {
   var inflight: String
   var connectTime: Duration
   var setUpTime: Duration
+  /// Looked at during the conversation: some end with it.
+  let worksInChild: Bool
 
   init(_ target: Target, _ options: Options) throws(ProbeError) {
     name = target.name
@@ -46,6 +48,7 @@ struct InfoCard {
     offer = link.offer
     if offer.protocolFeatures.contains(.config) { (offer.configuration, offer.configurationProblem) = Self.configuration(&link, target) }
     guess = try DeviceGuess.device(options, offer)
+    worksInChild = target.worksInChild
     inflight = Self.inflight(&link, offer)
   }
 

@@ -63,7 +63,7 @@ package final class Faults {
     }
     let card = try InfoCard(target, options)
     device = card.guess.device?.name ?? "unknown"
-    if try Self.worksInChild(target) {
+    if card.worksInChild {
       caveat = "It works in a child of the process that was started: a crash of that child shows as an end of the process by itself.\n"
     }
     let context = FaultContext(target, card.guess.device, card.offer)
@@ -83,15 +83,6 @@ package final class Faults {
     }
     Progress.clear()
     return results
-  }
-
-  /// Looked at during a conversation: some end with it.
-  private static func worksInChild(_ target: Target) throws(ProbeError) -> Bool {
-    var link = try Link(target)
-    _ = try link.number(.getFeatures)
-    let answer = target.worksInChild
-    try link.send(.setOwner)
-    return answer
   }
 
   package func written(_ results: [FaultResult], as format: CheckReport.Format, isVerbose: Bool) -> String {
