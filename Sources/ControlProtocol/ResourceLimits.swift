@@ -33,6 +33,19 @@ package struct ResourceLimits: Equatable, Sendable {
   ]
 }
 
+extension ResourceLimits {
+  /// Limits without a device: `cpu-limit=50%,pids-limit=8`.
+  package init(option: String, _ text: String) throws(ConfigurationError) {
+    let table = OptionTable<ResourceLimits>([
+      OptionDescription(
+        option, .list(keys: Self.keys + Self.storageKeys), group: "", summary: "", example: "--\(option) cpu-limit=50%,memory-limit=1G"
+      ) { (limits, values) throws(ConfigurationError) in limits = try values.limits() }
+    ])
+    self.init()
+    try table.apply(["--\(option)=\(text)"], to: &self)
+  }
+}
+
 extension OptionValues {
   func limits() throws(ConfigurationError) -> ResourceLimits {
     var limits = ResourceLimits()

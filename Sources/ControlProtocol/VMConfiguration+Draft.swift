@@ -119,11 +119,10 @@ extension VMConfiguration {
       }
     }
     for (id, place) in disks.map({ ($0.id, "disk \($0.id)") }) + nets.map({ ($0.id, "net \($0.id)") })
-      + generics.map({ ($0.id, "device \($0.id)") })
+      + fileSystems.map({ ($0.id, "file system \($0.id)") }) + generics.map({ ($0.id, "device \($0.id)") })
     {
       if let path = externalSocket(of: id) { sockets.append((path, place)) }
     }
-    for fileSystem in fileSystems { sockets.append((fileSystem.socket, "file system \(fileSystem.id)")) }
     try Self.checkUnique(sockets, remedy: "give each a path of its own, not both")
     for (index, fileSystem) in fileSystems.enumerated() {
       if let other = fileSystems[..<index].first(where: { $0.tag == fileSystem.tag }) {

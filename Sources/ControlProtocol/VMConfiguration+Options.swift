@@ -217,25 +217,28 @@ extension VMConfiguration {
       .list(
         keys: [
           KeyDescription("tag", "NAME", required: true, "what the guest mounts it by, at most \(Limits.tag) bytes"),
-          KeyDescription("socket", "PATH", required: true, "listening socket of the file system daemon (virtiofsd)"),
+          KeyDescription("socket", "PATH", "listening socket of the file system daemon (virtiofsd), started by hand"),
           waitKey,
+          KeyDescription("program", "\"WORD ...\"", "or: the daemon to start, in a jail; {listen}, {fd} or {socket} in it"),
+          KeyDescription("jail", "FILE", "profile of that jail (martlet jail --help)"),
+          KeyDescription("path", "DIRECTORY", "what that program serves; {path} in it and in the profile"),
           KeyDescription("id", "NAME", "name of the device; fs0, fs1, ... when left out"),
           KeyDescription("num_queues", "N", "request queues; one when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue; 1024 when left out"),
-        ] + deathKeys), .many, group: "Devices", summary: "virtio file system, served by a virtiofsd that was started by hand",
+        ] + ResourceLimits.keys + deathKeys), .many, group: "Devices", summary: "virtio file system, served by a virtiofsd",
       example: "--fs tag=home,socket=fs.sock"
     ) { (draft, values) throws(ConfigurationError) in
       let tag = try values.required("tag")
       guard FileSystemConfiguration(tag: tag) != nil else { throw values.bad("tag", "1 to \(Limits.tag) bytes") }
-      guard let socket = try values.socketPath("socket") else {
+      guard values.has(key: "socket") || values.has(key: "program") else {
         throw .missingKey(option: values.option, key: "socket", example: values.example)
       }
       let fileSystem = FileSystem(
-        id: "", tag: tag, socket: socket,
+        id: "", tag: tag, source: try values.externalSource(),
         // One more is the queue for urgent requests.
         queueCount: UInt16(try values.number("num_queues", in: 1...UInt64(Limits.queues - 1)) ?? 1),
         queueSize: try values.queueSize("queue_size") ?? 1024, death: try values.deathPolicy())
-      draft.add(.fileSystem(fileSystem), id: try values.id(), option: values.option)
+      draft.add(.fileSystem(fileSystem), id: try values.id(), option: values.option, limits: try values.limits())
     },
     Option(
       "rng",

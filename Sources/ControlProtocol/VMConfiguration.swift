@@ -131,7 +131,7 @@ package struct VMConfiguration: Equatable, Sendable {
     package var id: String
     /// What the guest mounts it by.
     package var tag: String
-    package var socket: String
+    package var source: External
     /// Request queues; one for urgent requests comes on top.
     package var queueCount: UInt16
     package var queueSize: UInt16
@@ -249,12 +249,12 @@ package struct VMConfiguration: Equatable, Sendable {
   package func external(of id: String) -> External? {
     for disk in disks { if disk.id == id, case .external(let external) = disk.source { return external } }
     for net in nets { if net.id == id, case .external(let external) = net.source { return external } }
+    for fileSystem in fileSystems where fileSystem.id == id { return fileSystem.source }
     return generics.first { $0.id == id }?.source
   }
 
   /// The socket of the external back end that serves the device; nil for devices of our own and programs we start.
   package func externalSocket(of id: String) -> String? {
-    if let fileSystem = fileSystems.first(where: { $0.id == id }) { return fileSystem.socket }
     if case .socket(let path) = external(of: id) { return path }
     return nil
   }

@@ -30,14 +30,7 @@ public struct EventFD: ~Copyable, Sendable {
   /// the thread that `WaitBreaker` protects within milliseconds; on others it is asked first whether there is room, and a peer
   /// can win the race against that.
   @inline(__always)
-  public borrowing func signalDistrusted() {
-    if clinux_breaker_begin() != 0 {
-      signal()
-      clinux_breaker_end()
-    } else if hasRoomNow() {
-      signal()
-    }
-  }
+  public borrowing func signalDistrusted() { fd.signalDistrusted() }
 
   /// Takes the counter's value and resets it; 0 when it was not signalled. Asks for readiness first, because the peer may
   /// have made the shared description blocking; against a peer that empties it just then there is the `WaitBreaker`.
@@ -81,6 +74,7 @@ public struct EventFD: ~Copyable, Sendable {
 
 extension OwnedFD {
   /// As `EventFD.signalDistrusted`, for the descriptor of an event that others share.
+  @inline(__always)
   package borrowing func signalDistrusted() {
     var one: UInt64 = 1
     let isProtected = clinux_breaker_begin() != 0

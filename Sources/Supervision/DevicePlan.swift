@@ -195,7 +195,7 @@ struct DevicePlanner {
     let sizes = [UInt16](repeating: fileSystem.queueSize, count: 1 + Int(fileSystem.queueCount))
     return DevicePlan(
       assign(fileSystem.id, .fileSystem, sizes, configuration: space?.encoded() ?? []),
-      try external(.socket(fileSystem.socket), fileSystem.id))
+      try external(fileSystem.source, fileSystem.id))
   }
 
   private mutating func plan(_ entropy: VMConfiguration.Entropy) throws(SupervisionError) -> DevicePlan {

@@ -144,7 +144,9 @@ extension Supervisor {
         try HostFiles.imageBeside(
           path, readOnly: readOnly, isShared: disk.isShared, disk: id, candidate: Self.candidateName(id), present: presentImage(id, old),
           claims))
-      status = try HostFiles.status(image.number)
+      let found = try HostFiles.status(image.number)
+      try findStorage(Self.candidateName(id), path, found)
+      status = found
     }
     let known = DeviceCare.Image(path: path, readOnly: readOnly, isShared: disk.isShared, status: status)
     let arguments = DevicePlanner.arguments(disk, readOnly) + extra
@@ -192,6 +194,7 @@ extension Supervisor {
     knownLaunches[id] = knownLaunches.removeValue(forKey: name)
     knownJailed[id] = knownJailed.removeValue(forKey: name)
     jailedNumbers[id] = jailedNumbers.removeValue(forKey: name)
+    if let disk = storage.removeValue(forKey: name) { storage[id] = disk }
     // Another image. The lock on one that somebody else's program has now stays as it was: it may well be the same.
     if claims.has(name) { claims.move(name, to: id) }
     extraArguments[id] = extra
@@ -205,6 +208,7 @@ extension Supervisor {
     knownLaunches[name] = nil
     knownJailed[name] = nil
     jailedNumbers[name] = nil
+    storage[name] = nil
     claims.release(name)
   }
 }
@@ -219,8 +223,6 @@ extension VMConfiguration {
     for index in disks.indices where disks[index].id == id { disks[index].source = .external(external) }
     for index in nets.indices where nets[index].id == id { nets[index].source = .external(external) }
     for index in generics.indices where generics[index].id == id { generics[index].source = external }
-    if case .socket(let path) = external {
-      for index in fileSystems.indices where fileSystems[index].id == id { fileSystems[index].socket = path }
-    }
+    for index in fileSystems.indices where fileSystems[index].id == id { fileSystems[index].source = external }
   }
 }

@@ -143,6 +143,7 @@ extension Supervisor {
       var patient = configuration
       // Others wait meanwhile: who does not accept at once is not there.
       patient.deadlines.connect = min(patient.deadlines.connect, 200)
+      if opened == nil { try checkLimits(of: after.id) }
       var planner = DevicePlanner(
         configuration: patient, guardian: guardian, claims: claims, host: { [self] in hostWalls() }, opened: opened)
       let plan = try planner.planDevice(after.id)
@@ -162,6 +163,9 @@ extension Supervisor {
     knownJailed[id] = nil
     jailedNumbers[id] = nil
     newLaunches.remove(id)
+    storage[id] = nil
+    // Behind our walls this is the spawner's.
+    if spawner == nil { groups?.drop(id) }
     claims.release(id)
     guardian.forget(id)
   }

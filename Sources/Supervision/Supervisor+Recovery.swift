@@ -10,7 +10,9 @@ extension Supervisor {
     let policy = configuration.deathPolicy(of: id)
     switch device.backEnd {
     case .external: return DeviceCare(id, .external(path: configuration.externalSocket(of: id) ?? ""), policy, image: nil)
-    case .jailed(let jailed): return DeviceCare(id, .jailed(jailed), policy, image: nil)
+    case .jailed(let jailed):
+      if isOpenedHere { try findStorage(ofJailed: id) }
+      return DeviceCare(id, .jailed(jailed), policy, image: nil)
     case .program(let program, let arguments, let resources, let isOnTerminal):
       var image: DeviceCare.Image?
       for disk in configuration.disks where disk.id == id {

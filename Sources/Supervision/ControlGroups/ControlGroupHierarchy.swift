@@ -64,17 +64,17 @@ package struct ControlGroupHierarchy {
     ControlGroups.words("\(directory)/cgroup.procs") == ["\(getpid())"]
   }
 
-  /// The groups for a VM, or why there are none.
-  static func groups(_ configuration: VMConfiguration) throws(ControlGroups.Lack) -> ControlGroups {
+  /// The groups for a VM or a jail of that name, or why there are none.
+  static func groups(_ place: VMConfiguration.ControlGroup, name: String) throws(ControlGroups.Lack) -> ControlGroups {
     guard let hierarchy = ofThisHost() else {
       throw ControlGroups.Lack(
         sentence: "This host has no control groups of version 2 mounted (boot with systemd.unified_cgroup_hierarchy=1)")
     }
-    switch configuration.controlGroup {
+    switch place {
     case .off: throw ControlGroups.Lack(sentence: "There are no control groups with --cgroup off")
     case .own:
       guard let own = hierarchy.own else { throw ControlGroups.Lack(sentence: "Our own control group cannot be seen from here") }
-      return try ControlGroups(hierarchy, parent: own, isOwn: true, vm: configuration.name)
+      return try ControlGroups(hierarchy, parent: own, isOwn: true, vm: name)
     case .below(let path):
       // As the kernel names it, or as the file system does.
       let whole = path == hierarchy.mountPoint || path.hasPrefix(hierarchy.mountPoint + "/") ? path : hierarchy.mountPoint + "/" + path
@@ -84,7 +84,7 @@ package struct ControlGroupHierarchy {
       guard unsafe access(parent + "/cgroup.procs", F_OK) == 0, !parent.contains("/../") else {
         throw ControlGroups.Lack(sentence: "There is no control group '\(path)' below \(hierarchy.mountPoint)")
       }
-      return try ControlGroups(hierarchy, parent: parent, isOwn: parent == hierarchy.own, vm: configuration.name)
+      return try ControlGroups(hierarchy, parent: parent, isOwn: parent == hierarchy.own, vm: name)
     }
   }
 }

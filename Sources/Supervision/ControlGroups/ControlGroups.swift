@@ -41,21 +41,16 @@ package final class ControlGroups {
     let process = getpid()
     name = "\(Self.prefix)\(vm)-\(process)"
     Self.sweep(parent)
+    let own = "\(Self.ownPrefix)\(vm)-\(process)"
+    ownName = try Self.makeRoom(hierarchy, parent, isOwn: isOwn, own) ? own : nil
     // SAFETY: NUL-terminated copies that live for the calls, here and below.
     guard unsafe mkdir("\(parent)/\(name)", 0o755) == 0 else {
-      throw Lack(sentence: "No control group can be made in \(parent): \(Errno.current.explanation)")
+      let error = Errno.current
+      if let ownName { Self.leave(parent, ownName, []) }
+      throw Lack(sentence: "No control group can be made in \(parent): \(error.explanation)")
     }
     let offered = Self.words("\(parent)/cgroup.controllers").compactMap(Controller.init(rawValue:))
-    var moved: String?
-    if !Self.enable(offered, in: parent), isOwn, hierarchy.isAlone(in: parent) {
-      // A group with processes of its own can hand no controllers down, so we make room.
-      let own = "\(Self.ownPrefix)\(vm)-\(process)"
-      if unsafe mkdir("\(parent)/\(own)", 0o755) == 0 {
-        if Self.write("\(process)", to: "\(parent)/\(own)/cgroup.procs") { moved = own } else { _ = unsafe rmdir("\(parent)/\(own)") }
-        _ = Self.enable(offered, in: parent)
-      }
-    }
-    ownName = moved
+    _ = Self.enable(offered, in: parent)
     let had = Self.words("\(parent)/\(name)/cgroup.controllers").compactMap(Controller.init(rawValue:))
     _ = Self.enable(had, in: "\(parent)/\(name)")
     controllers = Set(Self.words("\(parent)/\(name)/cgroup.subtree_control").compactMap(Controller.init(rawValue:)))
@@ -64,7 +59,38 @@ package final class ControlGroups {
       throw Lack(
         sentence: offered.isEmpty
           ? "The control group \(parent) has none of the controllers cpu, memory, io and pids"
-          : "The control group \(parent) hands no controllers down, because there are other processes in it")
+          : "The control group \(parent) hands no controllers down")
+    }
+  }
+
+  /// A group with processes of its own hands no controllers down, but for the root of all. It must not even be asked to: the
+  /// kernel would hand down those that count threads, and below such a group no process may live. Alone there, we go one deeper.
+  /// - Returns: whether we went.
+  private static func makeRoom(
+    _ hierarchy: ControlGroupHierarchy, _ parent: String, isOwn: Bool, _ own: String
+  ) throws(Lack) -> Bool {
+    let isRoot = unsafe access("\(parent)/cgroup.type", F_OK) != 0
+    guard !isRoot, !words("\(parent)/cgroup.procs").isEmpty else { return false }
+    guard isOwn, hierarchy.isAlone(in: parent) else {
+      throw Lack(sentence: "The control group \(parent) hands no controllers down, because there are other processes in it")
+    }
+    guard unsafe mkdir("\(parent)/\(own)", 0o755) == 0 else {
+      throw Lack(sentence: "No control group can be made in \(parent): \(Errno.current.explanation)")
+    }
+    guard write("\(getpid())", to: "\(parent)/\(own)/cgroup.procs") else {
+      let error = Errno.current
+      _ = unsafe rmdir("\(parent)/\(own)")
+      throw Lack(sentence: "The control group \(parent) cannot be left for one below it: \(error.explanation)")
+    }
+    return true
+  }
+
+  /// Why a limit cannot be kept here; nil when all can.
+  func lack(of id: String, _ limits: ResourceLimits) -> String? {
+    // A disk is not known yet; which one does not matter here.
+    let settings = Self.settings(limits, StorageDevice(major: 1, minor: 0))
+    return settings.first { !controllers.contains($0.controller) }.map {
+      "\($0.key) of \(id) cannot be kept: the control group \(parent) has no controller '\($0.controller.rawValue)'"
     }
   }
 
@@ -84,6 +110,8 @@ package final class ControlGroups {
   /// The group of a process, made if it is not there, with its limits set. Held open for the start only.
   func group(_ id: String, _ limits: ResourceLimits, storage: StorageDevice?) throws(SupervisionError) -> OwnedFD {
     let path = member(id)
+    // What was left by an earlier device of that name has its limits. A group that is in use is this device's.
+    _ = unsafe rmdir(path)
     if unsafe mkdir(path, 0o755) != 0, Errno.current != .exists {
       throw .limits("Cannot make the control group \(path): \(Errno.current.explanation)")
     }
@@ -99,6 +127,9 @@ package final class ControlGroups {
       .system($0)
     }
   }
+
+  /// The device is gone, and its process.
+  func drop(_ id: String) { _ = unsafe rmdir(member(id)) }
 
   func member(_ id: String) -> String { "\(directory)/\(Self.memberPrefix)\(id)" }
 
@@ -122,6 +153,8 @@ package final class ControlGroups {
       // Not by way of swap: guest memory stays off the disk.
       add("memory-limit", .memory, "memory.max", "\(bytes)")
       add("memory-limit", .memory, "memory.swap.max", "0")
+      // A program of several processes ends whole.
+      add("memory-limit", .memory, "memory.oom.group", "1")
     }
     if let count = limits.threads { add("pids-limit", .pids, "pids.max", "\(count)") }
     if let weight = limits.storageWeight { add("io-weight", .io, "io.weight", "default \(weight)") }
@@ -132,13 +165,23 @@ package final class ControlGroups {
     return settings
   }
 
+  /// Whether the kernel has killed in that group for want of memory.
+  func hasExceededMemory(_ id: String) -> Bool {
+    let words = Self.words("\(member(id))/memory.events")
+    guard let place = words.firstIndex(of: "oom_kill"), place + 1 < words.count else { return false }
+    return words[place + 1] != "0"
+  }
+
   // MARK: The end
 
   /// Ends whatever still runs in the groups and takes them away. The guardian does the same by descriptors.
   func remove() {
     _ = Self.write("1", to: "\(directory)/cgroup.kill")
-    for _ in 0..<200 where !Self.removeGroups(directory) { usleep(5000) }
-    if let ownName { leave(ownName) }
+    for _ in 0..<200 {
+      if Self.removeGroups(directory) { break }
+      usleep(5000)
+    }
+    if let ownName { Self.leave(parent, ownName, controllers) }
   }
 
   /// What the guardian needs for that, opened while we can.
@@ -164,9 +207,9 @@ package final class ControlGroups {
   }
 
   /// Back to where we came from.
-  private func leave(_ own: String) {
-    for controller in controllers { _ = Self.write("-\(controller.rawValue)", to: "\(parent)/cgroup.subtree_control") }
-    _ = Self.write("0", to: "\(parent)/cgroup.procs")
+  private static func leave(_ parent: String, _ own: String, _ controllers: Set<Controller>) {
+    for controller in controllers { _ = write("-\(controller.rawValue)", to: "\(parent)/cgroup.subtree_control") }
+    _ = write("0", to: "\(parent)/cgroup.procs")
     _ = unsafe rmdir("\(parent)/\(own)")
   }
 

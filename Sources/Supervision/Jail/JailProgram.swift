@@ -11,6 +11,8 @@ package enum JailProgram {
     var learns = false
     var isHardened = false
     var defines: [String: String] = [:]
+    var limits: ResourceLimits?
+    var controlGroup: String?
     var words: [String] = []
   }
 
@@ -18,7 +20,8 @@ package enum JailProgram {
   package static let ownFailure: Int32 = 125
 
   package static let help = """
-    usage: martlet jail --profile FILE [--define NAME=VALUE ...] [--hardened] -- PROGRAM [ARGUMENT ...]
+    usage: martlet jail --profile FILE [--define NAME=VALUE ...] [--limits KEY=VALUE,...] [--cgroup PATH] [--hardened]
+                        -- PROGRAM [ARGUMENT ...]
            martlet jail --profile FILE --learn [--define NAME=VALUE ...] -- PROGRAM [ARGUMENT ...]
 
     Runs somebody else's back end behind the walls that Martlet's own processes have: a user or user namespace of its own,
@@ -27,6 +30,10 @@ package enum JailProgram {
 
       --profile FILE                what the program may see, keep and do (protocol/jail.md)
       --define NAME=VALUE           what {NAME} in the profile stands for, usually a path; may stand often
+      --limits KEY=VALUE,...        what it may use, kept by the kernel in a control group (protocol/limits.md), with the keys of devices:
+                                    cpu-limit=N%, cpu-weight=N, memory-limit=SIZE, pids-limit=N, io-weight=N, io-read-limit=SIZE and
+                                    io-write-limit=SIZE (of the disks below what the profile shows, run places aside)
+      --cgroup PATH                 make that group below this one; else in ours, if it is ours alone
       --learn                       run the program once without walls, watch it, and add to FILE what it needed;
                                     paths given by --define are written as {NAME}
       --hardened                    refuse to start where the host lacks a part of the walls
@@ -71,7 +78,7 @@ package enum JailProgram {
   private static func parse(_ arguments: [String]) -> Options? {
     var options = Options()
     var index = 0
-    let known = ["profile", "define", "learn", "hardened", "help"]
+    let known = ["profile", "define", "limits", "cgroup", "learn", "hardened", "help"]
     while index < arguments.count {
       let argument = arguments[index]
       index += 1
@@ -104,17 +111,23 @@ package enum JailProgram {
         index += 1
       }
       guard let value, !value.isEmpty else {
-        Log.error(
-          "Option --\(name) wants a value; write for example \(name == "define" ? "--define image=/srv/disk.img" : "--profile qsd.jail")")
+        let example = examples[name].map { "; write for example --\(name) \($0)" } ?? ""
+        Log.error("Option --\(name) wants a value\(example)")
         return nil
       }
-      if name == "profile" {
-        if options.profile != nil {
-          Log.error("Option --profile is given twice; leave one out")
+      if name == "profile" ? options.profile != nil : name == "limits" ? options.limits != nil : name == "cgroup" && options.controlGroup != nil {
+        Log.error("Option --\(name) is given twice; leave one out")
+        return nil
+      }
+      switch name {
+      case "profile": options.profile = value
+      case "cgroup": options.controlGroup = value
+      case "limits":
+        do throws(ConfigurationError) { options.limits = try ResourceLimits(option: name, value) } catch {
+          Log.error(error.message)
           return nil
         }
-        options.profile = value
-      } else {
+      default:
         let pair = value.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false).map(String.init)
         guard pair.count == 2, VMConfiguration.isName(pair[0]), options.defines.updateValue(pair[1], forKey: pair[0]) == nil else {
           Log.error("Value '\(value)' does not fit --define; it wants NAME=VALUE, each name once")
@@ -124,6 +137,10 @@ package enum JailProgram {
     }
     return options
   }
+
+  private static let examples = [
+    "define": "image=/srv/disk.img", "profile": "qsd.jail", "limits": "cpu-limit=50%,memory-limit=1G", "cgroup": "/services/qsd",
+  ]
 
   package static func load(_ path: String) throws(JailError) -> JailProfile {
     do {
@@ -149,12 +166,17 @@ package enum JailProgram {
       throw .host("This host cannot build all walls, and --hardened wants them: \(host.lacks.joined(separator: ". "))")
     }
     let path = unsafe getenv("PATH").map { unsafe String(cString: $0) }
-    let plan = try JailPlan(profile, words: options.words, defines: options.defines, identity: identity, host: host, searchPath: path)
+    var plan = try JailPlan(profile, words: options.words, defines: options.defines, identity: identity, host: host, searchPath: path)
     for warning in plan.warnings { Log.warning(warning) }
+    let groups = try makeGroups(options)
+    defer { groups?.remove() }
+    let group = try openGroup(groups, options.limits ?? ResourceLimits(), plan)
+    plan.launch.group = group?.number
     let log = KernelLog()
     let signals: OwnedFD
     do { signals = try Signals.descriptor(for: passedOn) } catch { throw .host(error.description) }
     let child = try plan.start()
+    group?.close()
     // From here on the program lives and dies with us. Nothing of it can be attached to us.
     do throws(SandboxError) { try ProcessWalls.raise(title: nil) } catch { throw .host(error.message) }
     guard let end = watch(child, signals) else { throw .host("The program cannot be watched") }
@@ -167,8 +189,54 @@ package enum JailProgram {
     case .exited(let code): return code
     case .killed(let signal):
       if signal == SIGSYS { Log.error(violation(plan.program, child.process.processID, log)) }
+      if signal == SIGKILL, groups?.hasExceededMemory(groupName) == true {
+        Log.error("\(plan.program) was killed: it wanted more memory than its memory-limit; raise it")
+      }
       return 128 + signal
     }
+  }
+
+  // MARK: limits
+
+  private static let groupName = "program"
+
+  /// Nil when none was asked for.
+  private static func makeGroups(_ options: Options) throws(JailError) -> ControlGroups? {
+    guard options.limits?.isEmpty == false || options.controlGroup != nil else { return nil }
+    let groups: ControlGroups
+    do throws(ControlGroups.Lack) {
+      groups = try ControlGroupHierarchy.groups(options.controlGroup.map { .below($0) } ?? .own, name: "jail")
+    } catch { throw .host("The limits cannot be kept. \(error.sentence); \(limitsRemedy)") }
+    if let lack = groups.lack(of: "the program", options.limits ?? ResourceLimits()) {
+      groups.remove()
+      throw .host("\(lack); \(limitsRemedy)")
+    }
+    return groups
+  }
+
+  private static let limitsRemedy =
+    "start as 'systemd-run --scope -p Delegate=yes martlet jail ...' (with --user when not root), name a group with --cgroup, or "
+    + "leave the limits out"
+
+  /// The group with its limits; those of transfer for every disk that the program reaches.
+  private static func openGroup(_ groups: ControlGroups?, _ limits: ResourceLimits, _ plan: JailPlan) throws(JailError) -> FDBox? {
+    guard let groups else { return nil }
+    var disks: [StorageDevice?] = []
+    if limits.readRate != nil || limits.writeRate != nil {
+      disks = plan.walls.disks()
+      guard !disks.isEmpty else {
+        throw .host(
+          "What the program reaches lies on no disk of its own, so that io-read-limit and io-write-limit mean nothing; leave them out")
+      }
+    }
+    if disks.isEmpty { disks = [nil] }
+    var group: FDBox?
+    for disk in disks {
+      do throws(SupervisionError) { group = FDBox(try groups.group(groupName, limits, storage: disk)) } catch {
+        throw .host("\(error.message ?? "The limits cannot be set"); \(limitsRemedy)")
+      }
+    }
+    return group
   }
 
   static func violation(_ program: String, _ pid: Int32, _ log: borrowing KernelLog?) -> String {

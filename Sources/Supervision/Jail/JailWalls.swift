@@ -34,6 +34,17 @@ package final class JailWalls {
   /// The path of a place, for the report of a step that failed there.
   package func placeName(_ index: Int) -> String? { places.indices.contains(index) ? places[index].path : nil }
 
+  /// The disks below what it may read and write, programs aside; none where a file system has no disk of its own.
+  func disks() -> [StorageDevice] {
+    var found: [StorageDevice] = []
+    let kinds = [CSANDBOX_PLACE_FILE, CSANDBOX_PLACE_DIRECTORY, CSANDBOX_PLACE_DEVICE].map { Int32($0.rawValue) }
+    for place in places where kinds.contains(place.kind) && place.rights & Int32(CSANDBOX_PLACE_EXECUTABLE.rawValue) == 0 {
+      guard let status = try? OwnedFD.open(place.path, pathOnly).status(), let disk = StorageDevice(status) else { continue }
+      if !found.contains(disk) { found.append(disk) }
+    }
+    return found
+  }
+
   /// Lends `body` the C structure, which is valid for the call only.
   func withStructure<Result>(_ body: (UnsafePointer<csandbox_jail>) -> Result) -> Result {
     let paths = CStrings(places.map(\.path) + [directory ?? "/"])
