@@ -171,7 +171,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 4))], reason: "madvise"),
         SystemCallRule(number: 12, reason: "brk"),
-        SystemCallRule(number: 219, reason: "restart_syscall"),
         SystemCallRule(number: 60, reason: "exit"),
         SystemCallRule(number: 231, reason: "exit_group"),
       ]

@@ -16,7 +16,7 @@ struct KernelLog: ~Copyable {
   /// The call `processID` was killed for: its number and first argument of interest are in the record. Waits for the record
   /// at most a moment, because the kernel's audit thread writes it after the process has ended.
   borrowing func callThatKilled(_ processID: Int32) -> UInt32? {
-    let deadline = MonotonicTime.now.advanced(by: .milliseconds(100))
+    let deadline = MonotonicTime.now.advanced(by: .milliseconds(500))
     var record = [UInt8](repeating: 0, count: 8192)
     // Bounded by time, and in number for a log that never runs dry.
     for _ in 0..<10_000 {

@@ -105,6 +105,14 @@ private func complaint(_ arguments: String...) -> String? {
   @Test func fileSystemsHaveTagAndSocketOfTheirOwn() throws {
     let vm = try parse("--kernel", "k", "--fs", "tag=home,socket=a", "tag=data,socket=b,num_queues=2,queue_size=256,id=d")
     #expect(vm.fileSystems.map(\.id) == ["fs0", "d"])
+    let jailed = try parse(
+      "--kernel", "k", "--memory", "size=64M", "--fs", "tag=home,path=/srv,jail=v,program=\"v --fd={listen}\",cpu-limit=50%,memory-limit=1G"
+    )
+    #expect(jailed.fileSystems[0].source == .program(.init(words: ["v", "--fd={listen}"], profile: "v", path: "/srv")))
+    #expect(jailed.limits(of: "fs0").processorPercent == 50 && jailed.limits(of: "fs0").memory == 1 << 30)
+    for words in ["tag=a,socket=a,cpu-limit=50%", "tag=a", "tag=a,socket=a,program=\"v {fd}\",jail=v", "tag=a,program=\"v {fd}\""] {
+      #expect(throws: ConfigurationError.self) { try parse("--kernel", "k", "--fs", words) }
+    }
     #expect(vm.fileSystems[0].queueCount == 1 && vm.fileSystems[0].queueSize == 1024)
     #expect(vm.fileSystems[1].queueCount == 2 && vm.fileSystems[1].queueSize == 256)
     #expect(vm.externalSocket(of: "d") == "b")

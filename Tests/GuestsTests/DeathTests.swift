@@ -145,7 +145,8 @@ struct DeathTests {
   // MARK: Sockets of others
 
   private func external(_ home: WholeVM, queues: Int) throws -> RunningProgram {
-    try RunningProgram(
+    home.foreignSockets = ["disk.sock"]
+    return try RunningProgram(
       BuiltPrograms.path("martlet-block"),
       ["--socket-path=\(home.directory)/disk.sock", "--blk-file=\(home.directory)/disk.img", "--num-queues=\(queues)"])
   }

@@ -214,6 +214,9 @@ struct HotPlugTests {
       (["add", "console", "null,pty"], "one of pty"), (["add", "console", "socket=/nowhere/s"], "/nowhere/s"),
       (["add", "generic", "socket=none.sock,device_type=rngg,queue_sizes=[64]"], "did you mean"),
       (["add", "generic", "program=\"true {fd}\",jail=none.jail,device_type=rng,queue_sizes=[64]"], "none.jail"),
+      (["add", "disk", "path=second.img,cpu-limit=10%"], "cannot be kept"), (["add", "disk", "path=second.img,cpu-limit=0%"], "from 1%"),
+      (["add", "fs", "tag=t,socket=none.sock,pids-limit=9"], "not ours to limit"), (["add", "fs", "tag=t"], "lacks 'socket='"),
+      (["add", "fs", "tag=t,program=\"true {fd}\",jail=none.jail"], "none.jail"),
       (["remove", "blk9"], "There is no device 'blk9'"), (["remove", "serial"], "There is no device 'serial'"),
       (["remove", "core"], "There is no device 'core'"),
     ]
@@ -224,6 +227,7 @@ struct HotPlugTests {
     }
     // The back end is of another type.
     let socket = home.vm.path("rng.sock")
+    home.vm.foreignSockets = ["rng.sock"]
     let device = try RunningProgram(BuiltPrograms.path("martlet-template"), ["--socket-path=\(socket)"])
     try home.vm.until { access(socket, F_OK) == 0 }
     let wrong = try home.ctl("add", "disk", "vhost_user=on,socket=rng.sock,num_queues=4")
@@ -241,6 +245,7 @@ struct HotPlugTests {
   func external() throws {
     let home = try Home("seconds=600 rounds=3 answer=rude")
     let socket = home.vm.path("rng.sock")
+    home.vm.foreignSockets = ["rng.sock"]
     func start() throws -> RunningProgram {
       unlink(socket)
       let device = try RunningProgram(BuiltPrograms.path("martlet-template"), ["--socket-path=\(socket)"])

@@ -7,6 +7,8 @@ import Testing
 
 /// A VM that runs until it is ended, in a directory of its own.
 final class WholeVM {
+  /// Of back ends that the test itself has started, and may have killed.
+  var foreignSockets: Set<String> = []
   let directory: String
   let micro: URL
 
@@ -68,8 +70,7 @@ final class WholeVM {
     for _ in 0..<12_000 where !processes.isEmpty { usleep(5000) }
     #expect(processes.isEmpty, sourceLocation: location)
     for pid in processes.values { kill(pid, SIGKILL) }
-    // Sockets of back ends that the test itself has started are called `*.sock`.
-    for file in (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? [] where !file.hasSuffix(".sock") {
+    for file in (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? [] where !foreignSockets.contains(file) {
       var status = stat()
       let isSocket = lstat(directory + "/" + file, &status) == 0 && status.st_mode & S_IFMT == S_IFSOCK
       #expect(!isSocket, "\(file) is left", sourceLocation: location)

@@ -94,6 +94,7 @@ struct ReplacementTests {
     #expect(try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(third)/exe").hasSuffix("/other/martlet-block"))
 
     // The VM's two images, one after the other.
+    home.foreignSockets = ["other.sock"]
     func isFree(_ image: String) throws -> Bool {
       let other = try RunningProgram(
         "/usr/bin/timeout", ["0.3", BuiltPrograms.path("martlet-block"), "--socket-path=other.sock", "--blk-file=\(image)"],
@@ -158,6 +159,7 @@ struct ReplacementTests {
     let home = try WholeVM()
     try home.shell("truncate -s 16M disk.img")
     let vm = try start(home, "test=blk op=write depth=8 n=200000 span=2")
+    home.foreignSockets = ["broken.sock"]
     let broken = try RunningProgram(Self.broken, [home.directory + "/broken.sock"] + words)
     for _ in 0..<12_000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
     let before = home.processes["blk0"]
@@ -213,6 +215,7 @@ struct ReplacementTests {
       #expect(try !home.ctl("devices").output.contains("qemu-storage-daemon"))
       usleep(50_000)
     }
+    home.foreignSockets = ["qsd.sock"]
     let byHand = try RunningProgram(
       "/usr/bin/qemu-storage-daemon",
       [

@@ -38,8 +38,8 @@ import Testing
     let texts = ControlGroups.settings(vm.limits(of: "blk0"), storage).map { "\($0.file) \($0.text)" }
     #expect(
       texts == [
-        "cpu.max 150000 100000", "cpu.weight 7", "memory.max 1073741824", "memory.swap.max 0", "memory.oom.group 1", "pids.max 40", "io.weight default 9",
-        "io.max 8:16 rbps=1048576", "io.max 8:16 wbps=2097152",
+        "cpu.max 150000 100000", "cpu.weight 7", "memory.max 1073741824", "memory.swap.max 0", "memory.oom.group 1", "pids.max 40",
+        "io.weight default 9", "io.max 8:16 rbps=1048576", "io.max 8:16 wbps=2097152",
       ])
     #expect(ControlGroups.settings(ResourceLimits(), storage).isEmpty)
   }

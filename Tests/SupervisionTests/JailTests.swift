@@ -138,6 +138,14 @@ struct JailTests {
     try expect(nil, ["--", "/bin/true"], 125, "Cannot read the profile 'p'")
     try expect(call, ["--", "/no/such/program"], 127, "There is no program '/no/such/program'")
     try expect(call, [], 125, "No program is named")
+    for (limits, words) in [
+      ("cpu-limit=0%", "from 1%"), ("memory-limit=1M", "from 16M"), ("cpu-limt=5%", "did you mean 'cpu-limit'"),
+      ("pids-limit", "pids-limit"),
+    ] { try expect(call, ["--limits", limits, "--", "/bin/true"], 125, words) }
+    try expect(call, ["--limits"], 125, "--limits cpu-limit=50%,memory-limit=1G")
+    try expect(call, ["--limits=pids-limit=9", "--limits=pids-limit=9", "--", "/bin/true"], 125, "given twice")
+    let seen = "directory /usr run\ndirectory /lib run\ndirectory /lib64 run\n\(call)"
+    try expect(seen, ["--limits", "pids-limit=9", "--cgroup", "/none", "--", "/bin/true"], 125, "The limits cannot be kept")
     try expect(call, ["--prfile", "x", "--", "/bin/true"], 125, "did you mean --profile?")
     try expect("", ["--", "/bin/true"], 125, "ld-linux-x86-64.so.2")
     try expect("file /lib64/ld-linux-x86-64.so.2 run\n\(call)", ["--", "/bin/true"], 125, "The jail hides 'libc.so.6'")

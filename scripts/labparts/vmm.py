@@ -105,7 +105,7 @@ class Martlet:
                 words += ["--disk", f"vhost_user=on,socket={disk.socket}"]
                 continue
             if disk.program:
-                words += ["--disk", f'vhost_user=on,path={disk.path},jail={disk.jail},program="{disk.program}"']
+                words += ["--disk", f'vhost_user=on,path={disk.path},jail={disk.jail},program="{disk.program}"{disk.keys}']
                 continue
             keys = f"path={disk.path}"
             keys += ",readonly=on" if disk.readonly else ""
@@ -125,10 +125,10 @@ class Martlet:
         words += ["--no-reboot"] if machine.no_reboot else []
         return Running(list(prefix) + words, place, self)
 
-    def control(self, running, verb):
+    def control(self, running, verb, patience=1):
         """`martlet ctl VERB`; its output."""
         done = subprocess.run([str(self.binaries / "martlet"), "ctl", "--control", str(running.place / "control"),
-                               *verb.split()], capture_output=True, text=True, timeout=30)
+                               *verb.split()], capture_output=True, text=True, timeout=30 * patience)
         if done.returncode != 0:
             raise Failure(f"martlet ctl {verb} ended with {done.returncode}: {(done.stdout + done.stderr).strip()}")
         return done.stdout
@@ -272,13 +272,27 @@ class Running:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Failure(f"the machine did not end within {seconds * patience:g} s; {self.tail()}")
+                raise Failure(f"the machine did not end within {seconds * patience:g} s; {self.holders()}; {self.tail()}")
             if self._read(min(left, 1)) is None:
                 break
         try:
             return self.process.wait(max(1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise Failure(f"the console is closed but {self.words[0]} still runs")
+
+    def holders(self):
+        """Who still has the console's terminal open, and where in the kernel it waits."""
+        name = os.ptsname(self._master)
+        found = []
+        for one in Path("/proc").iterdir():
+            try:
+                if one.name.isdigit() and int(one.name) != os.getpid() and any(os.readlink(fd) == name for fd in (one / "fd").iterdir()):
+                    title = (one / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                    state = (one / "stat").read_text().rpartition(")")[2].split()[0]
+                    found.append(f"{title} ({one.name}, {state}, {(one / 'wchan').read_text()})")
+            except OSError:
+                pass
+        return "its console is open in " + (", ".join(found) or "none that can be seen")
 
     def tail(self):
         """The last words, for error messages."""

@@ -110,8 +110,6 @@ package final class ControlGroups {
   /// The group of a process, made if it is not there, with its limits set. Held open for the start only.
   func group(_ id: String, _ limits: ResourceLimits, storage: StorageDevice?) throws(SupervisionError) -> OwnedFD {
     let path = member(id)
-    // What was left by an earlier device of that name has its limits. A group that is in use is this device's.
-    _ = unsafe rmdir(path)
     if unsafe mkdir(path, 0o755) != 0, Errno.current != .exists {
       throw .limits("Cannot make the control group \(path): \(Errno.current.explanation)")
     }

@@ -5,7 +5,8 @@ extension Supervisor {
   /// The control groups of this VM, or why there are none. Without limits that is not worth a line: `martlet ctl info` tells.
   static func makeGroups(_ configuration: VMConfiguration) throws(SupervisionError) -> (ControlGroups?, String?) {
     let groups: ControlGroups
-    do throws(ControlGroups.Lack) { groups = try ControlGroupHierarchy.groups(configuration.controlGroup, name: configuration.name) } catch {
+    do throws(ControlGroups.Lack) { groups = try ControlGroupHierarchy.groups(configuration.controlGroup, name: configuration.name) } catch
+    {
       let wants = configuration.limits.keys.sorted().first
       if case .below = configuration.controlGroup { throw .limits("\(error.sentence); name another one with --cgroup, or leave it out") }
       if let wants { throw .limits("The limits of \(wants) cannot be kept. \(error.sentence); \(remedy)") }

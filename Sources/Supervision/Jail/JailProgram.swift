@@ -77,6 +77,7 @@ package enum JailProgram {
 
   private static func parse(_ arguments: [String]) -> Options? {
     var options = Options()
+    var seen: Set<String> = []
     var index = 0
     let known = ["profile", "define", "limits", "cgroup", "learn", "hardened", "help"]
     while index < arguments.count {
@@ -115,7 +116,7 @@ package enum JailProgram {
         Log.error("Option --\(name) wants a value\(example)")
         return nil
       }
-      if name == "profile" ? options.profile != nil : name == "limits" ? options.limits != nil : name == "cgroup" && options.controlGroup != nil {
+      if name != "define", !seen.insert(name).inserted {
         Log.error("Option --\(name) is given twice; leave one out")
         return nil
       }
@@ -167,11 +168,11 @@ package enum JailProgram {
     }
     let path = unsafe getenv("PATH").map { unsafe String(cString: $0) }
     var plan = try JailPlan(profile, words: options.words, defines: options.defines, identity: identity, host: host, searchPath: path)
-    for warning in plan.warnings { Log.warning(warning) }
     let groups = try makeGroups(options)
     defer { groups?.remove() }
     let group = try openGroup(groups, options.limits ?? ResourceLimits(), plan)
     plan.launch.group = group?.number
+    for warning in plan.warnings { Log.warning(warning) }
     let log = KernelLog()
     let signals: OwnedFD
     do { signals = try Signals.descriptor(for: passedOn) } catch { throw .host(error.description) }

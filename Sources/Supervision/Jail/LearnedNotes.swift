@@ -93,6 +93,8 @@ struct FileNotes {
 
   private(set) var uses: [String: Use] = [:]
   private(set) var usesProc = false
+  /// More of it than what belongs to processes.
+  private(set) var usesWholeProc = false
   /// Resolved names to the names under which they were asked for.
   private var asked: [String: String] = [:]
 
@@ -145,6 +147,9 @@ struct FileNotes {
     guard let path = JailProfile.normal(path) ?? JailPlan.real(path), path != "/" else { return }
     if path == "/proc" || path.hasPrefix("/proc/") {
       usesProc = true
+      if let name = path.split(separator: "/").dropFirst().first, Int(name) == nil, name != "self", name != "thread-self" {
+        usesWholeProc = true
+      }
       return
     }
     uses[path] = max(uses[path] ?? use, use)
@@ -166,8 +171,16 @@ struct LearnedProfile {
     lines.append("# Learned from: \(words.joined(separator: " "))")
     if isNew {
       lines += ["program \(Self.quoted(program))", "user own", "network no", "limit descriptors 1024"]
+      if geteuid() == 0 {
+        lines.append(
+          "# It was watched with root's capabilities. In the jail it has those of 'capability' lines only; they are not learned.")
+      }
     }
-    if files.usesProc, !known.hasProc { lines.append("proc yes") }
+    if files.usesWholeProc, !known.hasWholeProc {
+      lines.append("proc all")
+    } else if files.usesProc, !known.hasProc {
+      lines.append("proc yes")
+    }
     for (path, use) in files.uses.sorted(by: { $0.key < $1.key }) {
       guard let line = Self.line(path, use, defines) else { continue }
       if known.places.contains(where: { Self.covers($0, path, use, defines) }) { continue }

@@ -131,9 +131,10 @@ private func sound(_ request: FrontEndRequest, _ script: inout Script) -> FrontE
   case .netSetMTU: return .netSetMTU(UInt64(script.u16()))
   case .setBackEndRequestFD: return .setBackEndRequestFD
   case .getConfig, .setConfig:
-    let offset = script.byte()
+    // Small, or so large that a sum wraps.
+    let offset = script.byte() & 7 == 0 ? UInt32.max - UInt32(script.byte()) : UInt32(script.byte())
     let message = ConfigMessage(
-      offset: UInt32(offset), flags: UInt32(script.byte() & 3), bytes: [UInt8](repeating: 7, count: 1 + Int(script.byte())))
+      offset: offset, flags: UInt32(script.byte() & 3), bytes: [UInt8](repeating: 7, count: 1 + Int(script.byte())))
     return request == .getConfig ? .getConfig(message) : .setConfig(message)
   case .getInflightFD:
     return .getInflightFD(
@@ -376,11 +377,13 @@ private struct QuietDevice: BackEndDelegate, ~Copyable {
     return drains ? .pending : .done
   }
   mutating func configuration(_ range: Range<Int>) throws(Refusal) -> [UInt8] {
+    demand(range.upperBound <= 256, "configuration bytes beyond 256 are asked for")
     try perhaps()
     guard range.upperBound <= space.count else { throw Refusal("the space ends before that") }
     return Array(space[range])
   }
   mutating func writeConfiguration(at offset: Int, _ bytes: [UInt8], migrating: Bool) throws(Refusal) {
+    demand(offset + bytes.count <= 256, "configuration bytes beyond 256 are written")
     guard offset + bytes.count <= space.count else { throw Refusal("the space ends before that") }
     space.replaceSubrange(offset..<offset + bytes.count, with: bytes)
   }

@@ -53,7 +53,11 @@ let nbdClients = Target(
     let second: [UInt8] = [7] + big(1, 4) + option(8, []) + option(3, []) + go + request(0, 0, 1024)
     let third: [UInt8] = [3] + big(0, 4) + option(1, []) + request(4, 1 << 20, 512)
     let fourth: [UInt8] = [1] + big(3, 4) + option(5, []) + option(2, [])
-    return [first, second, third, fourth]
+    // At and beyond the end of the disk, and of all numbers.
+    let edges =
+      [((1 << 20) - 512, 512), ((1 << 20) - 512, 1024), (1 << 20, 512), (.max - 511, 512), (.max - 1023, 2048)] as [(UInt64, UInt64)]
+    let fifth: [UInt8] = [7] + big(1, 4) + go + edges.flatMap { request(0, $0.0, $0.1) + request(4, $0.0, $0.1) }
+    return [first, second, third, fourth, fifth]
   }, words: ["IHAVEOPT", "NBDMAGIC"],
   run: { script in
     let pace = script.byte()

@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from .. import vmm
-from . import Card, Disk, Failure, Skip, pattern, scenario
+from .. import cache, vmm
+from . import Card, Disk, Failure, Skip, command, pattern, scenario
 from . import disk as disks
 from . import net
 
@@ -150,3 +150,28 @@ def _frames_come_back(line, front):
                 if number:
                     raise Failure(f"frame {number} of {size} bytes was lost")
                 line.send(bytes(12) + there + here + body)
+
+
+@scenario("qemu-storage-daemon started in a jail by Martlet: ext4 made, filled, checked, compared", 240)
+def jailed_storage_daemon_serves(trial):
+    trial.only_martlet()
+    # On a file system with id-mapped mounts, which neither the lab's overlay nor its tmpfs has: so the image stays its owner's alone.
+    store = trial.image("store", 160 << 20)
+    command("mkfs.ext4", "-q", "-F", store)
+    place = trial.place / "disks"
+    place.mkdir()
+    command("mount", "-o", "loop", store, place)
+    try:
+        image = place / "fill.img"
+        image.touch()
+        os.truncate(image, 96 << 20)
+        image.chmod(0o600)
+        jailed = Disk(path=image, jail=cache.CLONE / "protocol/jails/qemu-storage-daemon.jail",
+                      program="qemu-storage-daemon --blockdev driver=file,node-name=f,filename={path} "
+                              "--export type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=fd,addr.str={listen}")
+        job = disks.FILL.replace("$(disk fill)", "vda")
+        result = trial.run(job, "mkfs mount umount fsck", 230, disks=[jailed])
+        disks.compare_files(image, result)
+        trial.nothing_left()
+    finally:
+        subprocess.run(["umount", "-l", str(place)])
