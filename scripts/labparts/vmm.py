@@ -213,6 +213,7 @@ class Running:
         self.place, self.vmm, self.words = place, vmm, words
         self.output = b""
         self._master, slave = pty.openpty()
+        self._terminal = os.ttyname(slave)
         tty.setraw(slave)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
         with open(place / "stderr", "ab") as errors:
@@ -282,7 +283,7 @@ class Running:
 
     def holders(self):
         """Who still has the console's terminal open, and where in the kernel it waits."""
-        name = os.ptsname(self._master)
+        name = self._terminal
         found = []
         for one in Path("/proc").iterdir():
             try:
