@@ -96,6 +96,10 @@ public enum BlockProgram {
       isLockedLater: launch.isStandby)
     options.isLocked = launch.has("blk-locked")
     guard !options.isLocked || launch.value("blk-fd") != nil else { throw .badOption("--blk-locked", why: "goes with --blk-fd") }
+    // The lock is then taken when the front end speaks, which is behind the walls.
+    guard !launch.isStandby || launch.walls == .off || options.isLocked || options.isShared || launch.value("blk-null") != nil else {
+      throw .badOption("--standby", why: "goes with --blk-locked where the sandbox is on")
+    }
     guard !options.isShared || options.isReadOnly else { throw .badOption("--force-share", why: "goes with --read-only") }
     switch launch.value("cache-map") {
     case nil, "on": options.mapsCache = true

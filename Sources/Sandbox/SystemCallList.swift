@@ -61,8 +61,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
-        SystemCallRule(
-          number: 72, conditions: [.init(argument: 1, test: .masked(.max, equals: 37))], reason: "fcntl"),
       ]
     case .blockControl:
       [
@@ -78,8 +76,6 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 24, reason: "sched_yield"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
-        SystemCallRule(
-          number: 72, conditions: [.init(argument: 1, test: .masked(.max, equals: 37))], reason: "fcntl"),
       ]
     case .console:
       [
