@@ -306,7 +306,8 @@ struct SystemCallNeedTests {
     for (way, list) in [("io_uring", SystemCallList.block), ("threads", .blockCalls)] {
       let vm = try MicroVM()
       let program = try vm.start(
-        "test=blk op=write depth=8 n=100000000 span=2", vm.disk("disk.img", mebibytes: 16, ",aio=\(way),poll=auto,spare=on") + ["--cpus", "boot=1"],
+        "test=blk op=write depth=8 n=100000000 span=2",
+        vm.disk("disk.img", mebibytes: 16, ",aio=\(way),poll=auto,spare=on,ops_size=200,ops_refill_time=1000") + ["--cpus", "boot=1"],
         below: Self.trace)
       defer { program.signal(SIGKILL) }
       func wait(for condition: () throws -> Bool) rethrows {
