@@ -152,7 +152,7 @@ def _check_limits(group):
         _expect(name, (group / name).read_text().strip(), text)
 
 
-@scenario("control groups: limits hold for a device, its spare, whoever takes over after death, want of memory, replace and upgrade", 240)
+@scenario("control groups: limits hold for a device, its spare, and after death, want of memory, replace and upgrade", 240, by_hand=True)
 def control_groups(trial):
     with _parent(trial) as parent:
         disk = Disk(trial.image("a", 8 << 20, random=True), keys=KEYS)
@@ -211,7 +211,7 @@ while true; do dd if=/dev/$(disk slow) of=/dev/null bs=64k iflag=direct 2>/dev/n
 """
 
 
-@scenario("control groups: memory-limit bounds what a disk's process caches; io-read-limit its rate; pids-limit keeps too much from starting", 240)
+@scenario("control groups: memory-limit bounds what a disk's process caches, io-read-limit its rate, pids-limit its threads", 240, by_hand=True)
 def control_groups_bite(trial):
     with _parent(trial) as parent, _file_system(trial, 320 << 20) as place:
         wide = place / "wide.img"
@@ -262,11 +262,11 @@ def control_groups_bite(trial):
         return f"{limited / 1e6:.2f} MB/s with io-read-limit=1M, {free / 1e6:.1f} without"
 
 
-@scenario("control groups go at every end: supervisor killed, guardian killed too, in a service's own group", 200)
+@scenario("control groups go at every end: supervisor killed, guardian killed too, in a service's own group", 200, by_hand=True)
 def control_groups_ends(trial):
     with _parent(trial) as parent:
-        _death_of_supervisor(trial, parent)
         _alone(trial, parent)
+        _death_of_supervisor(trial, parent)
 
 
 def _death_of_supervisor(trial, parent):
@@ -358,15 +358,14 @@ def jail_limits(trial):
         image = place / "image"
         image.write_bytes(pattern("image", 8 << 20))
         os.sync()
-        martlet, profile = trial.options.bin / "martlet", trial.place / "profile"
+        prefix = [trial.options.bin / "martlet", "jail", "--profile", trial.place / "profile", "--define", f"image={image}"]
         zeros = ["/bin/dd", "if=/dev/zero", "of=/dev/null"]
         reading = ["/bin/dd", f"if={image}", "of=/dev/null", "bs=64k", "iflag=direct"]
         for words in ([*zeros, "bs=64M", "count=1"], reading):
-            command(martlet, "jail", "--profile", profile, "--learn", "--define", f"image={image}", "--", *words)
+            command(*prefix, "--learn", "--", *words)
 
         def jail(limits, *words):
-            done = subprocess.run([martlet, "jail", "--profile", profile, "--define", f"image={image}", "--limits", limits, "--cgroup", parent,
-                                   "--", *words], capture_output=True, text=True)
+            done = subprocess.run([*prefix, "--limits", limits, "--cgroup", parent, "--", *words], capture_output=True, text=True)
             _expect(f"the groups after {limits}", _groups(parent), [])
             return done.returncode, " ".join(one for one in done.stderr.splitlines() if "warning: " not in one)
 
@@ -376,8 +375,8 @@ def jail_limits(trial):
         _expect("the exit code with enough memory", jail("memory-limit=128M", *zeros, "bs=64M", "count=1")[0], 0)
 
         # Its processor time: seen from outside while it runs.
-        busy = subprocess.Popen([martlet, "jail", "--profile", profile, "--define", f"image={image}", "--limits", "cpu-limit=10%,pids-limit=1",
-                                 "--cgroup", parent, "--", *zeros, "bs=1M", "count=100000000"], stderr=subprocess.DEVNULL)
+        busy = subprocess.Popen([*prefix, "--limits", "cpu-limit=10%,pids-limit=1", "--cgroup", parent, "--", *zeros, "bs=1M",
+                                 "count=100000000"], stderr=subprocess.DEVNULL)
         try:
             group = _wait("it has a group", lambda: next(iter(parent.glob("martlet-jail-*/process-program")), None))
             _wait("its processor time is limited", lambda: _table(group / "cpu.stat")["nr_throttled"] > 2, 60)
