@@ -85,7 +85,7 @@ package final class DeviceFrontEnd {
   var usedRings: [Int: UInt64] = [:]
   /// The driver's rings have been started by some back end, so that they no longer stand at their beginning.
   var hasRun = false
-  /// A successor is being brought to where its predecessor was.
+  /// A successor is being brought to where its predecessor was. A reset meanwhile is carried out behind that.
   var isRestoring = false
   /// The driver set up rings that cannot be.
   var isBroken = false
@@ -350,7 +350,6 @@ package final class DeviceFrontEnd {
     watches = []
     activation = nil
     hasRun = false
-    isRestoring = false
     isBroken = false
     told = [:]
     inflight = nil
