@@ -161,6 +161,9 @@ public struct FileStatus: Sendable {
   /// Preferred I/O size in bytes (`st_blksize`); the huge page size on hugetlbfs.
   public let blockSize: Int
 
+  /// Whether both are of one file, whatever its names.
+  public func isSameFile(as other: FileStatus) -> Bool { device == other.device && inode == other.inode }
+
   init(_ raw: stat) {
     switch raw.st_mode & 0o170000 {
     case 0o100000: kind = .regular

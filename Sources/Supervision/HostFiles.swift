@@ -46,15 +46,15 @@ enum HostFiles {
   /// beside it.
   /// - Parameters:
   ///   - candidate: under which name the VM's own part is kept until then.
-  ///   - present: what the disk has now.
+  ///   - present: what the disk has now, and what the VM owns for it.
   static func imageBeside(
-    _ path: String, readOnly: Bool, isShared: Bool, disk: String, candidate: String, present: FileStatus?, _ claims: ImageClaims
+    _ path: String, readOnly: Bool, isShared: Bool, disk: String, candidate: String, present: [FileStatus], _ claims: ImageClaims
   ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK, what: what)
     try checkImage(fd, path, what)
     let status = try examine(fd)
-    guard let present, present.device == status.device, present.inode == status.inode else {
+    guard present.contains(where: { $0.isSameFile(as: status) }) else {
       return try image(path, readOnly: readOnly, isShared: isShared, disk: disk, claimedAs: candidate, claims)
     }
     if isShared { return fd }
@@ -63,8 +63,8 @@ enum HostFiles {
       throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status))
     }
     if case .refused = ImageLock.share(fd.rawValue) { throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status)) }
-    // Somebody else's program has had it until now.
-    if !claims.has(disk) {
+    // Somebody else's program has had it until now, without the VM or beside another image that the VM owns.
+    if claims.status(disk)?.isSameFile(as: status) != true {
       let owner = try imageAgain(path, readOnly: false, disk: disk, sameAs: status)
       if case .refused = ImageLock.own(owner.rawValue) {
         throw .imageInUse(disk: disk, path: path, holder: LockHolder.describe(of: status))
@@ -90,7 +90,7 @@ enum HostFiles {
       throw .file(what: what, path: path, error.errno)
     }
     let status = try examine(fd)
-    guard let known, status.device == known.device, status.inode == known.inode else {
+    guard let known, status.isSameFile(as: known) else {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     try clearNonBlocking(fd)
@@ -159,7 +159,7 @@ enum HostFiles {
     let what = "image of disk \(disk)"
     let fd = try open(path, O_RDWR | O_NONBLOCK, what: what)
     let status = try examine(fd)
-    guard let known, status.device == known.device, status.inode == known.inode else {
+    guard let known, status.isSameFile(as: known) else {
       throw .wrongKind(what: what, path: path, wants: "the file it was when the VM started")
     }
     guard status.kind == .regular else {

@@ -59,11 +59,22 @@ enum ImageLock {
 
 /// The open files by which this VM owns its images, by disk. Nothing is read or written through them.
 final class ImageClaims {
-  private var held: [String: FDBox] = [:]
+  private struct Claim {
+    let file: FDBox
+    let status: FileStatus?
+  }
 
-  func take(_ disk: String, _ file: consuming OwnedFD) { held[disk] = FDBox(file) }
+  private var held: [String: Claim] = [:]
+
+  func take(_ disk: String, _ file: consuming OwnedFD) {
+    let status = try? file.status()
+    held[disk] = Claim(file: FDBox(file), status: status)
+  }
 
   func has(_ disk: String) -> Bool { held[disk] != nil }
+
+  /// What file the VM owns for the disk, whoever serves it; nil where it owns none.
+  func status(_ disk: String) -> FileStatus? { held[disk]?.status }
 
   /// The disk has another image, or is gone.
   func release(_ disk: String) { held[disk] = nil }
@@ -71,5 +82,5 @@ final class ImageClaims {
   func move(_ disk: String, to other: String) { held[other] = held.removeValue(forKey: disk) }
 
   /// In a fork, which knows of them and does not have them: the numbers are others' there.
-  func abandon() { for file in held.values { _ = file.take()?.release() } }
+  func abandon() { for claim in held.values { _ = claim.file.take()?.release() } }
 }

@@ -80,7 +80,10 @@ extension Supervisor {
     switch source {
     case .same:
       guard case .program(let program, let arguments, let isOnTerminal) = old.kind else {
-        throw .launch("The back end of \(id) was started by hand; say who takes over: --socket PATH, or -- PROGRAM ARGUMENT ...")
+        // What has an image can be served by our own program.
+        if order.disk != nil { return try planOwn(id, "martlet-block", [], [], false, disk, place, configuration, old, opened) }
+        let ours = disk == nil ? "" : "--path FILE, "
+        throw .launch("The back end of \(id) was started by hand; say who takes over: \(ours)--socket PATH, or -- PROGRAM ARGUMENT ...")
       }
       let extra = extraArguments[id] ?? []
       return try planOwn(
@@ -136,23 +139,40 @@ extension Supervisor {
     configuration.disks[place] = disk
     let image: FDBox
     var status: FileStatus?
+    var arguments = DevicePlanner.arguments(disk, readOnly)
     if let opened {
       guard let first = opened.first else { throw .launch("The spawner has opened less than the device needs") }
       image = first
     } else {
+      let present = presentImage(id, old)
       image = FDBox(
         try HostFiles.imageBeside(
-          path, readOnly: readOnly, isShared: disk.isShared, disk: id, candidate: Self.candidateName(id), present: presentImage(id, old),
-          claims))
-      let found = try HostFiles.status(image.number)
-      try findStorage(Self.candidateName(id), path, found)
-      status = found
+          path, readOnly: readOnly, isShared: disk.isShared, disk: id, candidate: Self.candidateName(id),
+          present: [present, claims.status(id)].compactMap { $0 }, claims))
+      let new = try HostFiles.status(image.number)
+      try findStorage(Self.candidateName(id), path, new)
+      status = new
+      if let life = lifetime(new, present, old), !extra.contains(where: { $0.hasPrefix(Self.lifetimeOption) }) {
+        arguments.append(Self.lifetimeOption + life.text)
+      }
     }
     let known = DeviceCare.Image(path: path, readOnly: readOnly, isShared: disk.isShared, status: status)
-    let arguments = DevicePlanner.arguments(disk, readOnly) + extra
+    arguments += extra
     return ReplacementPlan(
       care: DeviceCare(id, .program(program, arguments: arguments, isOnTerminal: false), old.policy, image: known),
       configuration: configuration, extraArguments: extra, resources: [image])
+  }
+
+  private static let lifetimeOption = "--lifetime="
+
+  /// How worn the new image's storage is. A guest that has agreed to ask goes on asking: where the storage does not say, it hears what it
+  /// has heard before, or of another image that nothing is known.
+  private func lifetime(_ new: FileStatus, _ present: FileStatus?, _ old: DeviceCare) -> StorageLifetime? {
+    if let life = StorageLifetime.read(of: new) { return life }
+    guard case .program(_, let arguments, _) = old.kind, let text = arguments.last(where: { $0.hasPrefix(Self.lifetimeOption) }),
+      let life = StorageLifetime(String(text.dropFirst(Self.lifetimeOption.count)))
+    else { return nil }
+    return present?.isSameFile(as: new) == true ? life : StorageLifetime(endOfLife: 0, typeA: 0, typeB: 0)
   }
 
   /// What file the disk has now, whoever serves it; nil where that is not known.

@@ -161,6 +161,7 @@ extension Supervisor {
     guard case .sent(let sequence) = channel?.send(.unplug(id: id, isForced: isForced)) else {
       return refuse(client, "The core process takes no requests")
     }
+    if !isForced { serveHeld(id) }
     pending.append(
       PendingRequest(
         sequence: sequence, client: client, verb: .remove, deadline: .now.advanced(by: .milliseconds(Int64(timeout))), device: id,
@@ -168,6 +169,18 @@ extension Supervisor {
           ? "The back end of '\(id)' does not stop; the guest has lost the device, and the rest follows when it does"
           : "The guest has not let go of '\(id)' within \(timeout) ms; it stays until the guest does, or is reset, or until remove --force")
     )
+  }
+
+  /// A driver waits for the answers to all it has asked before it lets go of a device, and most wait for ever. So a device that is held
+  /// is served once more.
+  private func serveHeld(_ id: String) {
+    guard let care = cares[id], care.step == .held else { return }
+    switch care.kind {
+    case .external: return
+    case .program, .jailed:
+      say(.info, "The device \(id), which is held, is served once more, so that the guest can let go of it")
+      care.step = .due(.now)
+    }
   }
 
   /// The core has done with a device: asked for, or because the guest let go of it by itself.

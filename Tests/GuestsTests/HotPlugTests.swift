@@ -137,6 +137,22 @@ struct HotPlugTests {
     try home.finish()
   }
 
+  @Test("A device that is held is served once more when it is to go, so that its guest can let go of it")
+  func held() throws {
+    let home = try Home("seconds=600 answer=never")
+    _ = try home.expect("add", "disk", "path=second.img,id=d,on-death=hold")
+    try home.vm.wait(for: "MICRO hotplug.came ok", of: home.program)
+    kill(try #require(home.vm.processes["d"]), SIGKILL)
+    try home.vm.until { try home.ctl("devices").output.contains("waiting-for-back-end") }
+    #expect(home.vm.processes["d"] == nil)
+    _ = try home.ctl("remove", "d", "--timeout", "300")
+    try home.vm.until { try home.ctl("devices").output.contains("\"active\"") }
+    #expect(home.vm.processes["d"] != nil)
+    _ = try home.expect("remove", "d", "--force")
+    #expect(home.vm.processes["d"] == nil)
+    home.stop()
+  }
+
   @Test("A guest that lets go by itself loses the device; one that lets go of a running one, too", arguments: ["alone=1", "answer=rude"])
   func unasked(_ guest: String) throws {
     let home = try Home("rounds=1 \(guest)")
@@ -294,7 +310,7 @@ struct HotPlugTests {
       return (state >> 33) % bound
     }
     let seed = state
-    let rounds = ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil ? 200 : 25
+    let rounds = MicroGuest.killRounds(ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil ? 200 : 25)
     for round in 0..<rounds where home.program.isRunning {
       let id = "x\(random(2))"
       let words =

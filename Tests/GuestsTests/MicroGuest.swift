@@ -48,6 +48,9 @@ struct MicroRun {
 }
 
 enum MicroGuest {
+  /// How often a test kills: `usual` in every run of the tests, so often as `MARTLET_KILL_ROUNDS` says where it is set.
+  static func killRounds(_ usual: Int) -> Int { ProcessInfo.processInfo.environment["MARTLET_KILL_ROUNDS"].flatMap { Int($0) } ?? usual }
+
   enum Image: String { case elf = "micro.elf", unpaddedELF = "micro-unpadded.elf", bzImage = "micro.bzimage" }
 
   /// True where `/dev/kvm` opens; a sentence for tests that skip is `needsKVM`.

@@ -177,8 +177,9 @@ struct ReplacementTests {
   @Test("Old and new ones that are killed in the middle: the guest sees nothing")
   func killedInTheMiddle() throws {
     let home = try WholeVM()
-    let vm = try start(home, "test=blk op=write depth=16 n=400000 span=2", disk: "path=disk.img,restart-limit=10000")
-    for round in 0..<10 where vm.isRunning {
+    let rounds = MicroGuest.killRounds(10)
+    let vm = try start(home, "test=blk op=write depth=16 n=\(40_000 * rounds) span=2", disk: "path=disk.img,restart-limit=10000")
+    for _ in 0..<rounds where vm.isRunning {
       let request = try RunningProgram(
         BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "replace", "blk0"], directory: home.directory)
       usleep(UInt32.random(in: 1000...12000))
@@ -189,7 +190,6 @@ struct ReplacementTests {
         if try home.ctl("devices").output.contains("\"state\":\"active\"") { break }
         usleep(5000)
       }
-      _ = round
     }
     finish(home, vm)
   }
@@ -199,7 +199,7 @@ struct ReplacementTests {
     .enabled(if: hasStorageDaemon, "qemu-storage-daemon is not installed"))
   func storageDaemon() throws {
     let home = try WholeVM()
-    let vm = try start(home, "test=blk op=write depth=8 n=300000 span=2 wait=halt", disk: "path=disk.img,portable=on,num_queues=1")
+    let vm = try start(home, "test=blk op=write depth=8 n=500000 span=2 wait=halt", disk: "path=disk.img,portable=on,num_queues=1")
     let daemon =
       "--blockdev driver=file,node-name=f,filename={path},locking=off --export type=vhost-user-blk,id=e,node-name=f,writable=on,"
       + "addr.type=fd,addr.str={listen}"
@@ -223,14 +223,42 @@ struct ReplacementTests {
         "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path=qsd.sock",
       ], directory: home.directory)
     for _ in 0..<12_000 where access(home.directory + "/qsd.sock", F_OK) != 0 { usleep(5000) }
-    try replace(home, "blk0 --socket qsd.sock")
-    #expect(try home.ctl("devices").output.contains("external"))
-    usleep(100_000)
-    // The lock of former times is still the VM's own.
-    try expectRefusal(home, "blk0 --path disk.img -- \(BuiltPrograms.path("martlet-block"))", "in use")
+    try expectRefusal(home, "blk0 --path copy.img", "copy.img")
+    for _ in 0..<2 where vm.isRunning {
+      try replace(home, "blk0 --socket qsd.sock")
+      #expect(try home.ctl("devices").output.contains("external"))
+      // What was started by hand has no program that could be started again.
+      try expectRefusal(home, "blk0", "--path")
+      usleep(100_000)
+      // The image is the VM's own still.
+      try replace(home, "blk0 --path disk.img")
+      #expect(try !home.ctl("devices").output.contains("external"))
+      usleep(50_000)
+    }
+    if vm.isRunning {
+      let before = vm.errorText.components(separatedBy: "served again").count
+      kill(try #require(home.processes["blk0"]), SIGKILL)
+      for _ in 0..<12_000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count == before { usleep(5000) }
+    }
     finish(home, vm)
     byHand.signal(SIGTERM)
     _ = byHand.wait()
+  }
+
+  @Test("What a guest has heard of its storage's wear it goes on hearing")
+  func wear() throws {
+    let home = try WholeVM()
+    let vm = try start(home, "test=boot end=hang")
+    try home.shell("mkdir other; cp \(BuiltPrograms.path("martlet-block")) other/martlet-block; cp disk.img copy.img")
+    func tells() throws -> Bool { try home.ctl("devices").output.contains("\"LIFETIME\"") }
+    #expect(try !tells())
+    try replace(home, "blk0 -- \(BuiltPrograms.path("martlet-block")) --lifetime=2,3,4")
+    #expect(try tells())
+    for words in ["blk0", "blk0 -- ./other/martlet-block", "blk0 --path copy.img"] {
+      try replace(home, words)
+      #expect(try tells(), "\(words)")
+    }
+    end(home, vm)
   }
 
   @Test("An upgrade replaces every process of a device and tells of each")
