@@ -73,32 +73,15 @@ import Testing
     let place = try #require(sector.indices.first { Array(sector[$0...].prefix(4)) == [0x80, 0x3C, 0x03, 0x73] })
     sector[place + 2] = boots
     try Data(sector + [UInt8](repeating: 0, count: (1 << 20) - 512)).write(to: URL(fileURLWithPath: folder + "/disk.img"))
-    func startDisk() throws -> RunningProgram {
-      unlink(folder + "/socket")
-      let disk = try RunningProgram(
-        BuiltPrograms.path("martlet-block"), ["--socket-path=\(folder)/socket", "--blk-file=\(folder)/disk.img"])
-      for _ in 0..<12_000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
-      return disk
-    }
-    func startMachine() throws -> RunningProgram {
-      try RunningProgram(
-        qemu,
-        [
-          "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "64", "-object",
-          "memory-backend-memfd,id=memory,size=64M,share=on", "-numa", "node,memdev=memory", "-chardev",
-          "socket,id=disk,path=\(folder)/socket", "-device",
-          "vhost-user-blk-pci,chardev=disk,bootindex=0,disable-legacy=on", "-device", "isa-debug-exit,iobase=0x501",
-        ])
-    }
     func count() -> UInt8 {
       guard let file = FileHandle(forReadingAtPath: folder + "/disk.img") else { return 0 }
       try? file.seek(toOffset: 512)
       return (try? file.read(upToCount: 1))?.first ?? 0
     }
-    var disk = try startDisk()
+    var disk = try Self.startDisk(folder)
     // Killed once by itself, once together with the disk.
     for number in UInt8(1)...2 {
-      let machine = try startMachine()
+      let machine = try Self.startMachine(qemu, folder)
       for _ in 0..<12_000 where count() < number && machine.isRunning { usleep(5000) }
       machine.signal(SIGKILL)
       _ = machine.wait()
@@ -106,11 +89,74 @@ import Testing
       guard number == 2 else { continue }
       disk.signal(SIGKILL)
       _ = disk.wait()
-      disk = try startDisk()
+      disk = try Self.startDisk(folder)
     }
-    let result = try startMachine().wait(seconds: 60)
+    let result = try Self.startMachine(qemu, folder).wait(seconds: 60)
     #expect(result.code == 0x21 && count() == boots, "\(count()) boots: \(result.errors)")
     disk.signal(SIGTERM)
     #expect(disk.wait().code == 0)
+  }
+
+  @Test("The disk's process is killed under a running QEMU, which connects to the next one: nothing is lost", .timeLimit(.minutes(3)))
+  func theDiskIsKilled() throws {
+    let qemu = "/usr/bin/qemu-system-x86_64"
+    guard FileManager.default.isExecutableFile(atPath: qemu), BuiltPrograms.exists("martlet-block") else {
+      print("Skipped: needs \(qemu) and martlet-block")
+      return
+    }
+    let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
+    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    defer { try? FileManager.default.removeItem(atPath: folder) }
+    // The same sector without the reset: it reads, adds one to a word, writes, over and over, until the word's high byte is so much.
+    let rounds: UInt8 = 64
+    var sector = Self.bootSector
+    sector[13] = 0xFF  // inc word [8000]
+    sector[28] = 0x01  // mov al, [8001]
+    sector[31] = rounds
+    sector.replaceSubrange(34..<36, with: [0xEB, 0xE0])  // jmp to the read
+    try Data(sector + [UInt8](repeating: 0, count: (1 << 20) - 512)).write(to: URL(fileURLWithPath: folder + "/disk.img"))
+    func count() -> Int {
+      guard let file = FileHandle(forReadingAtPath: folder + "/disk.img") else { return 0 }
+      try? file.seek(toOffset: 512)
+      guard let bytes = try? file.read(upToCount: 2), bytes.count == 2 else { return 0 }
+      return Int(bytes[0]) | Int(bytes[1]) << 8
+    }
+    var disk = try Self.startDisk(folder)
+    let machine = try Self.startMachine(qemu, folder, reconnecting: true)
+    var kills = 0
+    for _ in 0..<3 {
+      let before = count()
+      for _ in 0..<12000 where machine.isRunning && count() < before + 200 { usleep(5000) }
+      guard machine.isRunning else { break }
+      disk.signal(SIGKILL)
+      _ = disk.wait()
+      disk = try Self.startDisk(folder)
+      kills += 1
+    }
+    let result = machine.wait(seconds: 90)
+    #expect(result.code == 0x21 && count() == Int(rounds) << 8, "\(count()) rounds: \(result.errors)")
+    #expect(kills == 3)
+    disk.signal(SIGTERM)
+    #expect(disk.wait().code == 0)
+  }
+
+  private static func startDisk(_ folder: String) throws -> RunningProgram {
+    unlink(folder + "/socket")
+    let disk = try RunningProgram(
+      BuiltPrograms.path("martlet-block"), ["--socket-path=\(folder)/socket", "--blk-file=\(folder)/disk.img"])
+    for _ in 0..<12_000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
+    return disk
+  }
+
+  /// - Parameter reconnecting: QEMU connects again every second when it has lost the disk.
+  private static func startMachine(_ qemu: String, _ folder: String, reconnecting: Bool = false) throws -> RunningProgram {
+    try RunningProgram(
+      qemu,
+      [
+        "-nodefaults", "-display", "none", "-machine", "q35,accel=tcg", "-m", "64", "-object",
+        "memory-backend-memfd,id=memory,size=64M,share=on", "-numa", "node,memdev=memory", "-chardev",
+        "socket,id=disk,path=\(folder)/socket\(reconnecting ? ",reconnect=1" : "")", "-device",
+        "vhost-user-blk-pci,chardev=disk,bootindex=0,disable-legacy=on", "-device", "isa-debug-exit,iobase=0x501",
+      ])
   }
 }
