@@ -50,6 +50,8 @@ class Card:
     tap: str = None
     mac: str = None
     socket: Path = None
+    # More keys of Martlet's option.
+    keys: str = ""
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Martlet:
             words += ["--disk", keys + disk.keys]
         for card in machine.cards:
             keys = f"vhost_user=on,socket={card.socket}" if card.socket else f"tap={card.tap}"
-            words += ["--net", keys + (f",mac={card.mac}" if card.mac else "")]
+            words += ["--net", keys + (f",mac={card.mac}" if card.mac else "") + card.keys]
         for share in machine.shares:
             words += ["--fs", f"tag={share.tag},socket={share.socket}"]
         for one in machine.generics:
@@ -125,10 +127,10 @@ class Martlet:
         words += ["--no-reboot"] if machine.no_reboot else []
         return Running(list(prefix) + words, place, self)
 
-    def control(self, running, verb, patience=1):
+    def control(self, running, verb, patience=30):
         """`martlet ctl VERB`; its output."""
         done = subprocess.run([str(self.binaries / "martlet"), "ctl", "--control", str(running.place / "control"),
-                               *verb.split()], capture_output=True, text=True, timeout=30 * patience)
+                               *verb.split()], capture_output=True, text=True, timeout=patience)
         if done.returncode != 0:
             raise Failure(f"martlet ctl {verb} ended with {done.returncode}: {(done.stdout + done.stderr).strip()}")
         return done.stdout

@@ -125,7 +125,7 @@ def _order(trial, running, verb):
     """An order that is refused while a device is on its way back."""
     def accepted():
         try:
-            trial.martlet.control(running, verb, patience=vmm.patience)
+            trial.martlet.control(running, verb, patience=30 * vmm.patience)
         except Failure as failure:
             if "ask again" not in str(failure):
                 raise
