@@ -290,28 +290,31 @@ extension VMConfiguration {
     },
   ]
 
-  private static let terminalShape = Option.Shape.list(
-    keys: [
-      KeyDescription("file", "PATH", "output is appended to the file"),
-      KeyDescription("socket", "PATH", "listening Unix socket made for it"),
-    ] + ResourceLimits.keys,
-    words: [
-      KeyDescription("tty", "", "the terminal that martlet runs on"),
-      KeyDescription("pty", "", "a new pseudo-terminal, whose path is printed"),
-      KeyDescription("null", "", "output is dropped"),
-      KeyDescription("off", "", "the device does not exist"),
-    ])
+  private static func terminalShape(_ more: [KeyDescription]) -> Option.Shape {
+    .list(
+      keys: [
+        KeyDescription("file", "PATH", "output is appended to the file"),
+        KeyDescription("socket", "PATH", "listening Unix socket made for it"),
+      ] + ResourceLimits.keys + more,
+      words: [
+        KeyDescription("tty", "", "the terminal that martlet runs on"),
+        KeyDescription("pty", "", "a new pseudo-terminal, whose path is printed"),
+        KeyDescription("null", "", "output is dropped"),
+        KeyDescription("off", "", "the device does not exist"),
+      ])
+  }
 
   private static let terminalOptions: [Option] = [
     Option(
-      "console", terminalShape, group: "Consoles",
+      "console", terminalShape(deathKeys), group: "Consoles",
       summary: "virtio console (hvc0); tty when left out", example: "--console tty"
     ) { (draft, values) throws(ConfigurationError) in
       draft.console = try terminal(values)
+      draft.result.consoleDeath = try values.deathPolicy()
       draft.limit(Reserved.console, try values.limits())
     },
     Option(
-      "serial", terminalShape, group: "Consoles",
+      "serial", terminalShape([]), group: "Consoles",
       summary: "serial port (ttyS0); null when left out", example: "--serial file=boot.log"
     ) { (draft, values) throws(ConfigurationError) in
       draft.serial = try terminal(values)
@@ -351,7 +354,7 @@ extension VMConfiguration {
   }
 
   private static func terminal(_ values: OptionValues) throws(ConfigurationError) -> Terminal {
-    let target = values.parts.filter { part in !ResourceLimits.keys.contains { $0.name == part.key } }
+    let target = values.parts.filter { part in !(ResourceLimits.keys + deathKeys).contains { $0.name == part.key } }
     guard target.count == 1 else {
       throw values.badText("one of tty, pty, file=PATH, socket=PATH, null, off")
     }

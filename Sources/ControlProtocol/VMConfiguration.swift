@@ -214,6 +214,7 @@ package struct VMConfiguration: Equatable, Sendable {
   package var entropy: Entropy?
   package var generics: [GenericVhostUser] = []
   package var console: Terminal = .tty
+  package var consoleDeath = DeathPolicy()
   package var consoles: [Console] = []
   /// What has been added and removed since the command line, as lines: a supervisor that follows another one follows them.
   package internal(set) var changes: [String] = []
@@ -267,7 +268,7 @@ package struct VMConfiguration: Equatable, Sendable {
     if let entropy, entropy.id == id { return entropy.death }
     for console in consoles where console.id == id { return console.death }
     for generic in generics where generic.id == id { return generic.death }
-    return DeathPolicy()
+    return id == Reserved.console ? consoleDeath : DeathPolicy()
   }
 
   /// Devices that take a PCI slot and a vhost-user session.

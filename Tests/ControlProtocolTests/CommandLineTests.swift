@@ -161,6 +161,14 @@ private func complaint(_ arguments: String...) -> String? {
     #expect(try parse("--kernel", "k", "--console", text).console == terminal)
   }
 
+  @Test func theConsoleHasAPolicyAsAnyDevice() throws {
+    let vm = try parse("--kernel", "k", "--console", "file=out,on-death=hold,restart-limit=7")
+    #expect(vm.console == .file("out"))
+    #expect(vm.deathPolicy(of: "con0").action == .hold && vm.deathPolicy(of: "con0").limit == 7)
+    #expect(try parse("--kernel", "k").deathPolicy(of: "con0").action == .restart)
+    #expect(complaint("--console", "tty,pty") != nil)
+  }
+
   @Test func serialTakesTheTerminalFromTheConsoleUnlessBothAskForIt() throws {
     let vm = try parse("--kernel", "k", "--serial", "tty")
     #expect(vm.console == .null)

@@ -29,18 +29,43 @@ struct RecoveryTests {
   @Test("A disk's process is killed a hundred times under verified writes; the guest sees no error", arguments: ["", " plain=1"])
   func disk(_ variant: String) throws {
     let home = try WholeVM()
+    let rounds = MicroGuest.killRounds(100)
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=400000 span=2" + variant, "--disk", "path=disk.img,restart-limit=10000", "--control",
-      "ctl",
-      "--serial", "file=serial.log",
+      "--cmdline", "test=blk op=write depth=16 n=\(4000 * rounds) span=2" + variant, "--disk", "path=disk.img,restart-limit=10000",
+      "--control", "ctl", "--serial", "file=serial.log",
     ])
     try home.waitUntilRunning()
-    let kills = killWhileRunning(home, vm, "blk0", rounds: 100)
+    let kills = killWhileRunning(home, vm, "blk0", rounds: rounds)
     // A machine busy with other things takes a minute and more for a million writes.
-    #expect(vm.wait(seconds: 300).code == 0, "\(vm.errorText.suffix(1000))")
+    #expect(vm.wait(seconds: 300 + 3 * Double(rounds)).code == 0, "\(vm.errorText.suffix(1000))")
     #expect(serial(home).contains("MICRO done ok"), "\(serial(home).suffix(1000))")
     #expect(!serial(home).contains("FAIL"))
     #expect(kills >= 10, "\(kills) kills")
+    home.expectNothingLeft()
+  }
+
+  @Test("A console's process is killed again and again: no line is lost, only what is under way comes twice")
+  func console() throws {
+    let home = try WholeVM()
+    let rounds = MicroGuest.killRounds(20)
+    let count = 20_000 * rounds
+    let vm = try home.start([
+      "--cmdline", "test=console lines=\(count)", "--console", "file=console.log,restart-limit=10000", "--control", "ctl", "--serial",
+      "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    let kills = killWhileRunning(home, vm, "con0", rounds: rounds)
+    #expect(vm.wait(seconds: 300 + 3 * Double(rounds)).code == 0, "\(vm.errorText.suffix(1000))")
+    #expect(serial(home).contains("MICRO done ok") && !serial(home).contains("FAIL"), "\(serial(home).suffix(1000))")
+    var next = 0
+    var repeated = 0
+    let text = String(decoding: try Data(contentsOf: URL(fileURLWithPath: home.directory + "/console.log")), as: UTF8.self)
+    for line in text.split(whereSeparator: \.isNewline) where line.hasPrefix("LINE ") {
+      let number = Int(line.dropFirst(5))
+      if number == next { next += 1 } else if number == next - 1 { repeated += 1 } else { break }
+    }
+    #expect(next == count, "line \(next) is missing after \(kills) kills")
+    #expect(repeated <= kills && kills >= min(3, rounds), "\(repeated) lines twice, \(kills) kills")
     home.expectNothingLeft()
   }
 

@@ -1,5 +1,6 @@
 // test=console: says `MICRO-CONSOLE READY` on the virtio console, then sends back what it receives until bytes=N have come
 // (default 1000), and reports their sum on the serial line.
+//   lines=N   instead writes the lines `LINE 0` to `LINE N-1`, each when the one before has been taken
 #include "virtio.h"
 
 static struct virtio console;
@@ -13,6 +14,17 @@ static bool send(const void *text, u32 length) {
   while (queue_take(&transmit, NULL) < 0)
     if (tsc() > end) return false;
   return true;
+}
+
+static bool write_line(u8 *out, u64 number) {
+  u8 digits[20];
+  u32 count = 0, length = 5;
+  do digits[count++] = (u8)('0' + number % 10);
+  while (number /= 10);
+  memcpy(out, "LINE ", 5);
+  while (count) out[length++] = digits[--count];
+  out[length++] = '\n';
+  return send(out, length);
 }
 
 void test_console(void) {
@@ -32,6 +44,13 @@ void test_console(void) {
   virtio_start(&console);
   queue_kick(&receive);
   if (console.features & 1) report("console.size", true, "%u columns %u rows", read16(console.config), read16(console.config + 2));
+  u64 lines = option_number("lines", 0), line = 0;
+  if (lines) {
+    while (line < lines && write_line(out, line)) line++;
+    report("console.lines", line == lines, "%lu of %lu", line, lines);
+    report("console.reset", virtio_reset(&console), "status %x", virtio_status(&console));
+    return;
+  }
   memcpy(out, "MICRO-CONSOLE READY\r\n", 21);
   bool sent = send(out, 21);
   u64 deadline = tsc() + 10000 * tsc_khz();
