@@ -20,6 +20,8 @@ final class Devices {
     case ecam
     /// BAR 0 of a virtio function.
     case virtio(Int)
+    /// The same where the function was taken away and its guest has not let go of it yet.
+    case withdrawn
   }
 
   /// Where the register that the address port selects is read and written.
@@ -36,6 +38,8 @@ final class Devices {
   var pci = PCIBus()
   /// By index; a device that was taken out leaves its index to another.
   var virtio: [VirtioSlot?] = []
+  /// Addresses of functions that were taken away, by device number, until the guest has let go of them.
+  var withdrawn: [UInt8: [UInt64]] = [:]
   /// Routes of message-signalled vectors by interrupt number, from `PlatformInterrupt.pinCount` up.
   var vectorRoutes: [UInt32: MSIMessage] = [:]
   var nextInterrupt = PlatformInterrupt.pinCount
@@ -198,6 +202,8 @@ final class Devices {
     case .virtio(let index):
       guard let slot = virtio[index] else { return .max }
       return slot.function.readBAR(offset: offset, width: width, isSignalled: slot.isSignalled)
+    // A driver that lets go of a device resets it and waits for a status of zero, Linux's without end.
+    case .withdrawn: return 0
     }
   }
 
@@ -214,6 +220,7 @@ final class Devices {
     case .virtio(let index):
       guard let slot = virtio[index] else { return }
       apply(slot.function.writeBAR(offset: offset, width: width, value: value), to: slot, machine)
+    case .withdrawn: break
     }
   }
 

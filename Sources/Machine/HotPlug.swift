@@ -18,10 +18,25 @@ extension Devices {
 
   /// The guest has let go of the devices in these slots, asked or not: they are off the bus at once, and those outside are told.
   func eject(_ slots: UInt32, _ machine: Machine) {
+    dropWithdrawn { slots >> UInt32($0) & 1 != 0 }
     for index in pci.eject(slots) {
       guard let slot = virtio[index] else { continue }
       detach(slot, isEjected: true, machine)
       machine.post(.ejected(index))
+    }
+  }
+
+  /// What reads as zero for a guest that has not let go of it does so no more.
+  func dropWithdrawn(of isMeant: (UInt8) -> Bool) {
+    for device in withdrawn.keys.filter(isMeant) {
+      for address in withdrawn.removeValue(forKey: device) ?? [] { addresses.remove(startingAt: address) }
+    }
+  }
+
+  /// The same for whatever is in the way of a function that the guest has put there.
+  func dropWithdrawn(in range: Range<UInt64>) {
+    dropWithdrawn { device in
+      withdrawn[device]?.contains { range.overlaps($0..<$0 + VirtioPCILayout.barByteCount) } ?? false
     }
   }
 
@@ -31,7 +46,11 @@ extension Devices {
     guard slot.isOnBus else { return }
     slot.isOnBus = false
     pci.clear(slot.position, isEjected: isEjected)
+    let address = slot.mappedAt
     leave(slot, machine)
+    if !isEjected, let address, addresses.insert(address..<address + VirtioPCILayout.barByteCount, .withdrawn) {
+      withdrawn[slot.pciDevice, default: []].append(address)
+    }
     var hadRoutes = false
     for vector in slot.vectors.indices {
       mask(slot, vector, machine)

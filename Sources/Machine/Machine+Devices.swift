@@ -126,6 +126,7 @@ extension Machine {
       devices.pci.address = 0
       devices.pci.hostBridge = PCIBus.makeHostBridge()
       devices.pci.resetHotPlug()
+      devices.dropWithdrawn { _ in true }
       for slot in devices.virtio.compactMap({ $0 }) where slot.isOnBus {
         devices.apply(slot.function.powerOnReset(), to: slot, self)
         // What was pending belongs to the previous guest.

@@ -111,7 +111,9 @@ extension Devices {
     let range = address..<address + VirtioPCILayout.barByteCount
     let isInWindow =
       PhysicalMap.pciWindow32.contains(range) || (map.pciWindow64.map { $0.contains(range) } ?? false)
-    guard isInWindow, addresses.insert(range, .virtio(slot.index)) else { return }
+    guard isInWindow else { return }
+    dropWithdrawn(in: range)
+    guard addresses.insert(range, .virtio(slot.index)) else { return }
     slot.mappedAt = address
     for queue in slot.kicks.indices {
       do {

@@ -68,6 +68,8 @@ static void go(u32 number, bool rude) {
     ok = work(s) && virtio_reset(&s->device);
     msix_control(&s->device.msix, false, false);
   }
+  // Of a device that was taken away the registers read as zero until it is let go of: so a reset ends.
+  if (!was_there && s->is_open && !virtio_reset(&s->device)) report("hotplug.reset", false, "slot %u status %x", number, virtio_status(&s->device));
   u64 common = s->is_open ? s->device.common : 0;
   s->is_open = false;
   out32(EJECT, 1u << number);
