@@ -121,9 +121,9 @@ extension Supervisor {
     case .running where departing(process) != nil: if let id = departing(process) { finishDeparture(id) }
     case .running where additions[process.id] != nil: abandon(process.id, "\(process.program) of \(process.id) \(end) before it was ready")
     case .starting, .running:
-      if end == .exited(code: 0) {
+      if end == .exited(code: 0), cares[process.id]?.lostTime == nil {
         // Usually because its socket ended: the core is dying, and a process closes its files before it can be waited
-        // for. Only if the core lives on is it news.
+        // for. Only if the core lives on is it news. (A successor that the core has refused is no sign of that.)
         quietEnds.append((index, .now.advanced(by: Self.quietEndGrace)))
       } else {
         try report(process, end)
