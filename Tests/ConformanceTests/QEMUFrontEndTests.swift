@@ -59,13 +59,7 @@ import Testing
 
   @Test("QEMU is killed, and then both it and the disk's process: what comes next goes on", .timeLimit(.minutes(3)))
   func eitherSideIsKilled() throws {
-    let qemu = "/usr/bin/qemu-system-x86_64"
-    guard FileManager.default.isExecutableFile(atPath: qemu), BuiltPrograms.exists("martlet-block") else {
-      print("Skipped: needs \(qemu) and martlet-block")
-      return
-    }
-    let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
-    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    guard let (qemu, folder) = try Self.place() else { return }
     defer { try? FileManager.default.removeItem(atPath: folder) }
     // Enough boots for both to be killed in between.
     let boots: UInt8 = 8
@@ -99,13 +93,7 @@ import Testing
 
   @Test("The disk's process is killed under a running QEMU, which connects to the next one: nothing is lost", .timeLimit(.minutes(3)))
   func theDiskIsKilled() throws {
-    let qemu = "/usr/bin/qemu-system-x86_64"
-    guard FileManager.default.isExecutableFile(atPath: qemu), BuiltPrograms.exists("martlet-block") else {
-      print("Skipped: needs \(qemu) and martlet-block")
-      return
-    }
-    let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
-    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    guard let (qemu, folder) = try Self.place() else { return }
     defer { try? FileManager.default.removeItem(atPath: folder) }
     // The same sector without the reset: it reads, adds one to a word, writes, over and over, until the word's high byte is so much.
     let rounds: UInt8 = 64
@@ -138,6 +126,18 @@ import Testing
     #expect(kills == 3)
     disk.signal(SIGTERM)
     #expect(disk.wait().code == 0)
+  }
+
+  /// QEMU, and a directory for one test; nil where the programs are missing.
+  private static func place() throws -> (qemu: String, folder: String)? {
+    let qemu = "/usr/bin/qemu-system-x86_64"
+    guard FileManager.default.isExecutableFile(atPath: qemu), BuiltPrograms.exists("martlet-block") else {
+      print("Skipped: needs \(qemu) and martlet-block")
+      return nil
+    }
+    let folder = "/tmp/martlet-qemu-\(UUID().uuidString)"
+    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    return (qemu, folder)
   }
 
   private static func startDisk(_ folder: String) throws -> RunningProgram {
