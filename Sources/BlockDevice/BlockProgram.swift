@@ -23,7 +23,7 @@ public enum BlockProgram {
       .value("ring-without", "LIST", "what not to offer of packed, event_idx and indirect_desc, commas between"),
       .value("block-size", "BYTES", "logical block: 512 or 4096 (default: the storage's own)"),
       .flag("direct", "bypass the host's page cache"),
-      .value("aio", "HOW", "io_uring, or threads (default: io_uring where the host has it)"),
+      .value("aio", "HOW", "io_uring, or threads (default: io_uring where the host has it and the image is not on FUSE)"),
       .value("cache-map", "ON", "on or off: copy data the host has cached from a mapping of the file (default: on where it is safe)"),
       .flag("portable", "offer only what QEMU's storage daemon could go on with: split rings, 126 segments, one range of 16 MiB"),
       .value("poll", "HOW", "look for work before sleeping: auto, off, or so many microseconds (default: auto)"),
@@ -62,6 +62,10 @@ public enum BlockProgram {
     if let text = launch.value("aio") {
       guard let known = BlockOptions.Access(rawValue: text) else {
         throw .badOption("--aio", why: "is io_uring or threads, not \(text)")
+      }
+      guard known != .ring || !image.isServedByProcess else {
+        throw .badOption(
+          "--aio", why: "cannot be io_uring for an image on a file system that is a process (FUSE): say threads, or leave it out")
       }
       options.access = known
     }

@@ -27,7 +27,9 @@ func runBlockWorker(
   _ desk: WorkerDesk, _ space: BlockConfigurationSpace, _ access: BlockOptions.Access?, queue: Int, report: (WorkerStart) -> Void
 ) {
   do {
-    if access != .threads {
+    let needsCalls = access == nil && space.image.isServedByProcess
+    if needsCalls, queue == 0 { Log.info("The image is on a file system that is a process (FUSE), so not by io_uring") }
+    if access != .threads, !needsCalls {
       do {
         let engine = try RingEngine(space.image, depth: Int(space.greatestQueueSize))
         let traits = engine.traits

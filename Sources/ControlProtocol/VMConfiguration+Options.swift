@@ -129,7 +129,7 @@ extension VMConfiguration {
           KeyDescription("num_queues", "N", "queues; one for each processor, at most 16, when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue, to 1024; 256 when left out"),
           KeyDescription("direct", "on|off", "bypass the host's page cache"),
-          KeyDescription("aio", "io_uring|threads", "how the storage is reached; io_uring where the host has it"),
+          KeyDescription("aio", "io_uring|threads", "how the storage is reached; io_uring where it can be, threads on FUSE"),
           KeyDescription("block_size", "512|4096", "logical block; the storage's own when left out"),
           KeyDescription("poll", "auto|off|US", "look for work before sleeping; auto when left out"),
           KeyDescription("portable", "on|off", "promise the guest no more than QEMU's storage daemon does, which can take over then"),

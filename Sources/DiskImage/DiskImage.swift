@@ -48,8 +48,9 @@ package final class DiskImage: Sendable {
   /// Bytes a guest can address: a multiple of 512. Changes only in `lookAgain`.
   package var byteCount: UInt64 { size.load(ordering: .relaxed) }
   private let isDevice: Bool
-  /// The file system is a process (FUSE). Linux lets it wait in the place of whoever asks it not to.
-  let isServedByProcess: Bool
+  /// The file system is a process (FUSE). It may answer with less than there is, of which io_uring makes wrong bytes (Linux 6.18), and
+  /// it takes its time in the place of whoever asks it not to: nothing for a ring.
+  package let isServedByProcess: Bool
   /// The image's file mapped for reading; nil where that cannot be or is not wanted.
   let cachedWindows: CachedWindows?
   /// Smallest unit the storage transfers, 512 to 65536 bytes. With `isDirect` a request must be a multiple of it.

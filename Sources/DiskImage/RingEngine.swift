@@ -117,7 +117,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private mutating func prepare(_ slot: Int) {
     let state = unsafe slots + slot
     let tag = Kind.request << 32 | UInt64(slot)
-    let file = image.isServedByProcess ? IOFile.descriptorOfWorkers(image.file.rawValue) : .descriptor(image.file.rawValue)
+    let file = IOFile.descriptor(image.file.rawValue)
     let prepared: Bool
     switch unsafe state.pointee.step {
     case .control:

@@ -5,9 +5,6 @@ import Glibc
 @frozen public enum IOFile: Sendable {
   /// A descriptor of the process.
   case descriptor(CInt)
-  /// The same, left to a worker of the kernel without being tried in place first: for files whose file system takes its time where
-  /// it was asked not to.
-  case descriptorOfWorkers(CInt)
   /// An index into the files registered when the ring was made.
   case registered(UInt32)
 }
@@ -50,9 +47,6 @@ extension IORing {
     case .descriptor(let descriptor):
       number = descriptor
       entryFlags = 0
-    case .descriptorOfWorkers(let descriptor):
-      number = descriptor
-      entryFlags = 16  // IOSQE_ASYNC
     case .registered(let index):
       number = Int32(bitPattern: index)
       entryFlags = 1  // IOSQE_FIXED_FILE

@@ -146,7 +146,7 @@ public struct IORing: ~Copyable {
     // is forbidden.
     var restrictions = allowed.map { clinux_allow_operation($0.rawValue) }
     restrictions.append(clinux_allow_register(12))  // IORING_REGISTER_ENABLE_RINGS
-    restrictions.append(clinux_allow_flags(1 | 16))  // IOSQE_FIXED_FILE, IOSQE_ASYNC
+    restrictions.append(clinux_allow_flags(1))  // IOSQE_FIXED_FILE
     let count = UInt32(restrictions.count)
     // SAFETY: the array lives for the call and has `count` entries.
     let result = unsafe restrictions.withUnsafeMutableBytes {
