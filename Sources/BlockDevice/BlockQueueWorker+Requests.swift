@@ -88,21 +88,14 @@ extension BlockQueueWorker where Engine: ~Copyable {
     space.limiter?.took(byteCount: UInt64(byteCount))
     let request = unsafe StorageRequest(
       operation, offset: sector << 9, byteCount: UInt64(byteCount), vectors: vectors, vectorCount: count, isDurable: durable)
-    let copy = operation == .read ? engine.copy(request) : .no
-    guard copy == .no else {
-      // SAFETY: the batch is finished before it is full.
-      unsafe copied[copiedCount] = UInt16(truncatingIfNeeded: index)
-      copiedCount &+= 1
-      let isWhole = copy == .whole
-      if !isWhole { mustSeeEnd = true }
-      unsafe slot.pointee.dataEnd = isWhole ? 0 : request.offset &+ request.byteCount
-      return
-    }
-    start(index, request, &queue)
+    guard operation == .read, engine.foresee(request) else { return start(index, request, &queue) }
+    // SAFETY: they are copied before there are `greatestBatch` of them.
+    unsafe foreseen[foreseenCount] = ForeseenRead(slot: UInt16(truncatingIfNeeded: index), request: request)
+    foreseenCount &+= 1
   }
 
   @inline(__always)
-  private mutating func start(_ index: Int, _ request: StorageRequest, _ queue: inout DeviceQueue) {
+  mutating func start(_ index: Int, _ request: StorageRequest, _ queue: inout DeviceQueue) {
     if let outcome = engine.begin(index, request) { finish(index, outcome, &queue) }
   }
 

@@ -35,10 +35,9 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   var isThrottled = false
   /// Answers not shown to the driver yet.
   var answered = 0
-  /// Slots whose data was copied and which are to be answered together; and whether for one of them the file's end has to be seen first.
-  let copied: UnsafeMutablePointer<UInt16>
-  var copiedCount = 0
-  var mustSeeEnd = false
+  /// Reads whose data is cached and which are copied and answered together.
+  let foreseen: UnsafeMutablePointer<ForeseenRead>
+  var foreseenCount = 0
   /// Turns until storage is tried without sleeping again, and how many the next failure costs.
   var turnsToTrial = 0
   var trialPenalty = 0
@@ -69,8 +68,8 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     self.pool = pool
     poll = PollBudget(space.pollPolicy)
     chain = DescriptorChain(capacity: max(depth, 1024) + 16)
-    unsafe copied = .allocate(capacity: Self.greatestBatch)
-    unsafe copied.initialize(repeating: 0, count: Self.greatestBatch)
+    unsafe foreseen = .allocate(capacity: Self.greatestBatch)
+    unsafe foreseen.initialize(repeating: ForeseenRead(), count: Self.greatestBatch)
     limits = space.limits
     unsafe slots = .allocate(capacity: depth)
     unsafe slots.initialize(repeating: RequestSlot(), count: depth)
@@ -78,7 +77,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
 
   deinit {
     unsafe slots.deallocate()
-    unsafe copied.deallocate()
+    unsafe foreseen.deallocate()
   }
 
   /// Serves one queue after another until told to leave.
@@ -188,6 +187,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     let begin = MonotonicTime.now.nanoseconds
     var last = begin
     var yielded = begin
+    var interval = PollBudget.yieldInterval
     // Bounded by the budget.
     while true {
       for _ in 0..<8 {
@@ -199,10 +199,11 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       }
       var time = MonotonicTime.now.nanoseconds
       var isLost = time &- last > PollBudget.lostTime
-      if !isLost, poll.isLearning, time &- yielded >= PollBudget.yieldInterval {
+      if !isLost, poll.isLearning, time &- yielded >= interval {
         // Whoever we wait for may be waiting for this processor.
         sched_yield()
         yielded = MonotonicTime.now.nanoseconds
+        interval *= 2
         isLost = yielded &- time > PollBudget.yieldTime
         time = yielded
       }
@@ -230,7 +231,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
         count &+= 1
         begin(&queue)
         // The driver can go on with these while we do the next ones.
-        if copiedCount >= batch { finishCopies(&queue) }
+        if foreseenCount >= batch { copyForeseen(&queue) }
         if answered >= batch { publish(&queue) }
         if let limiter = space.limiter, !limiter.isOpen { break rounds }
       case .empty: break rounds
@@ -240,7 +241,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
         break rounds
       }
     }
-    if copiedCount > 0 { finishCopies(&queue) }
+    if foreseenCount > 0 { copyForeseen(&queue) }
     if count > 0 { queue.counters[.batches].add(1) }
     publish(&queue)
     return count > 0
@@ -263,19 +264,5 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     queue.counters[.throttles].add(1)
     engine.wake(at: MonotonicTime(nanoseconds: now &+ wait))
     return true
-  }
-
-  /// What was copied counts if the file is still as long as it was, where that has to be asked.
-  private mutating func finishCopies(_ queue: inout DeviceQueue) {
-    let end = mustSeeEnd ? engine.fileByteCount : .max
-    mustSeeEnd = false
-    now = MonotonicTime.now.nanoseconds
-    for number in 0..<copiedCount {
-      // SAFETY: number < greatestBatch.
-      let index = unsafe Int(copied[number])
-      let isWhole = unsafe slots[index].dataEnd <= end
-      finish(index, isWhole ? .done : .failed(.inputOutput), &queue)
-    }
-    copiedCount = 0
   }
 }

@@ -31,7 +31,8 @@ package struct PollBudget {
   package static let longest: UInt64 = 32_000
   /// A gap between two looks that only losing the processor explains.
   static let lostTime: UInt64 = 20_000
-  /// How often the processor is offered to others while looking, and how long that takes when nobody wants it.
+  /// When the processor is first offered to others while looking (then after twice as long, and so on), and how long that takes when
+  /// nobody wants it.
   static let yieldInterval: UInt64 = 2_000
   static let yieldTime: UInt64 = 1_500
   private static let first: UInt64 = 4_000

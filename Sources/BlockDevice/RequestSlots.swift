@@ -24,8 +24,6 @@ struct RequestSlot {
   var kind = QueueStatistics.Histogram.others
   /// When it was taken, in nanoseconds.
   var begun: UInt64 = 0
-  /// Of a copied read: where its data ends in the image, or 0 where that need not be looked at.
-  var dataEnd: UInt64 = 0
 
   init() { unsafe status = nil }
 }

@@ -34,16 +34,41 @@ struct CachedReader {
     self.known = known
   }
 
+  /// Whether a read can be copied, as far as is known; then its first bytes are on their way to the processor. Random pages are in no
+  /// cache of it, and with several of them on their way at once a copy takes a third of the time.
+  @inline(__always)
+  func foresee(_ request: StorageRequest) -> Bool {
+    guard let (_, base) = unsafe find(request) else { return false }
+    // SAFETY: an address asked for in advance is not accessed.
+    unsafe clinux_prefetch(base + Int(request.offset % CachedWindows.windowByteCount), 0, 2)
+    return true
+  }
+
+  /// The read is copied after the one that is copied now: more of its bytes set out.
+  @inline(__always)
+  func approach(_ request: StorageRequest) {
+    guard let (_, base) = unsafe find(request) else { return }
+    // SAFETY: as above.
+    unsafe clinux_prefetch(base + Int(request.offset % CachedWindows.windowByteCount), 2, 16)
+  }
+
   /// Copies a read, if it has not to go through the kernel.
   @inline(__always)
   func copy(_ request: StorageRequest) -> CopyOutcome {
+    guard let (place, base) = unsafe find(request) else { return .no }
+    return unsafe copyPieces(request, place, base)
+  }
+
+  /// The window of a read all of whose pages are known.
+  @inline(__always)
+  private func find(_ request: StorageRequest) -> (place: Int, base: UnsafeRawPointer)? {
     let last = request.offset &+ request.byteCount &- 1
     guard request.byteCount &- 1 < Self.greatestByteCount,
       request.offset / CachedWindows.windowByteCount == last / CachedWindows.windowByteCount,
       let (place, base) = unsafe windows.find(request.offset / CachedWindows.windowByteCount),
       isKnown(place, request.offset, last)
-    else { return .no }
-    return unsafe copyPieces(request, place, base)
+    else { return nil }
+    return unsafe (place, base)
   }
 
   @inline(__always)

@@ -79,6 +79,10 @@ package enum StorageEvent: Equatable, Sendable {
 package protocol StorageEngine: ~Copyable {
   /// Starts a request in a free slot. The outcome when it is already known, else nil, and an event will tell.
   mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome?
+  /// Whether a read can be done by `copy`, as far as is known. If so its data sets out for the processor: first here, more of it in
+  /// `approach`, while another one is copied.
+  func foresee(_ request: StorageRequest) -> Bool
+  func approach(_ request: StorageRequest)
   /// Does a read at once, if the host has the data cached and an engine has a way around the kernel.
   mutating func copy(_ request: StorageRequest) -> CopyOutcome
   /// How long the image is now. One system call.
@@ -101,6 +105,8 @@ package protocol StorageEngine: ~Copyable {
 }
 
 extension StorageEngine where Self: ~Copyable {
+  package func foresee(_ request: StorageRequest) -> Bool { false }
+  package func approach(_ request: StorageRequest) {}
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { .no }
   package var fileByteCount: UInt64 { 0 }
 }

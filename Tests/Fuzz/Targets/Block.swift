@@ -140,10 +140,14 @@ private struct ScriptedEngine: StorageEngine, ~Copyable {
     stage.busy[slot] = request
     return nil
   }
-  mutating func copy(_ request: StorageRequest) -> Bool {
-    guard stage.script.byte() & 3 == 0 else { return false }
+  func foresee(_ request: StorageRequest) -> Bool { stage.script.byte() & 3 == 0 }
+  mutating func copy(_ request: StorageRequest) -> CopyOutcome {
     stage.check(63, request)
-    return true
+    return switch stage.script.byte() & 3 {
+    case 0: .no
+    case 1: .ifLongEnough
+    default: .whole
+    }
   }
   var fileByteCount: UInt64 { stage.script.byte() & 3 == 0 ? 512 : image.byteCount }
   mutating func wake(at time: MonotonicTime) { stage.events.append(.time) }
