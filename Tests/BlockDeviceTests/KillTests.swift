@@ -7,8 +7,8 @@ import VhostUser
 import VirtioQueue
 import VirtioSpec
 
-/// `martlet-block` killed with -9 under load, again and again: its driver sees every request answered once, without error, and
-/// the image has what was written.
+/// `martlet-block` killed with -9 under load of every kind, again and again: its driver sees every request answered once, without
+/// error, and the image has what was written, discarded and zeroed.
 @Suite("A block process that is killed", .serialized)
 struct KillTests {
   private static let blockByteCount = 4096
@@ -17,9 +17,14 @@ struct KillTests {
   /// `MARTLET_KILL_ROUNDS` asks for more than the piece that every run of the tests does.
   private static let rounds = ProcessInfo.processInfo.environment["MARTLET_KILL_ROUNDS"].flatMap { Int($0) } ?? 100
 
+  private enum Order: UInt32, CaseIterable { case read = 0, write = 1, flush = 4, discard = 11, writeZeroes = 13 }
+
   private struct Request {
-    var block: Int
-    var isWrite: Bool
+    /// Nil for a flush.
+    var block: Int?
+    /// How many processes died with it.
+    var deaths = 0
+    var order: Order
     var place: GuestAddress
     var status: GuestAddress
   }
@@ -48,29 +53,41 @@ struct KillTests {
     }
     var outstanding: [UInt16: (Request, (header: GuestAddress, data: GuestAddress, status: GuestAddress), UInt64)] = [:]
     var answered = 0
+    /// How often a kind of request was under way when the process was killed.
+    var underWay: [Order: Int] = [:]
     let zeros = [UInt8](repeating: 0, count: Self.blockByteCount)
 
     func bytes(_ seed: UInt64) -> [UInt8] { seed == 0 ? zeros : pattern(Self.blockByteCount, seed) }
     func submit() throws {
       while let room = free.last {
+        // Mostly reads and writes, and now and then another kind.
+        let order = Order.allCases[max(0, Int(random.next() % 15) - 10)]
+        let kind = order == .read && random.next() % 2 == 0 ? Order.write : order
         let block = Int(random.next() % UInt64(Self.blockCount))
-        guard !isBusy[block] else { return }
-        let isWrite = random.next() % 2 == 0
-        let seed = random.next() | 1
-        _ = front.memory.store(UInt32(isWrite ? 1 : 0), at: room.header)
+        guard kind == .flush || !isBusy[block] else { return }
+        let seed = kind == .write ? random.next() | 1 : 0
+        _ = front.memory.store(kind.rawValue, at: room.header)
         _ = front.memory.store(UInt32(0), at: GuestAddress(room.header.rawValue + 4))
-        _ = front.memory.store(UInt64(block * 8), at: GuestAddress(room.header.rawValue + 8))
+        _ = front.memory.store(kind == .read || kind == .write ? UInt64(block * 8) : 0, at: GuestAddress(room.header.rawValue + 8))
         _ = front.memory.store(UInt8(0xAA), at: room.status)
-        if isWrite { _ = front.memory.copyIn(bytes(seed), at: room.data) }
-        let head = queue.offer([
-          DriverBuffer(room.header, 16, isDeviceWritable: false),
-          DriverBuffer(room.data, UInt32(Self.blockByteCount), isDeviceWritable: !isWrite),
-          DriverBuffer(room.status, 1, isDeviceWritable: true),
-        ])
-        guard let head else { return }
+        var buffers = [DriverBuffer(room.header, 16, isDeviceWritable: false)]
+        switch kind {
+        case .read, .write:
+          if kind == .write { _ = front.memory.copyIn(bytes(seed), at: room.data) }
+          buffers.append(DriverBuffer(room.data, UInt32(Self.blockByteCount), isDeviceWritable: kind == .read))
+        case .discard, .writeZeroes:
+          // One range: sector, count, and whether the storage may go (of write-zeroes, half of the time).
+          _ = front.memory.store(UInt64(block * 8), at: room.data)
+          _ = front.memory.store(UInt32(8), at: GuestAddress(room.data.rawValue + 8))
+          _ = front.memory.store(kind == .writeZeroes ? UInt32(random.next() % 2) : 0, at: GuestAddress(room.data.rawValue + 12))
+          buffers.append(DriverBuffer(room.data, 16, isDeviceWritable: false))
+        case .flush: break
+        }
+        buffers.append(DriverBuffer(room.status, 1, isDeviceWritable: true))
+        guard let head = queue.offer(buffers) else { return }
         free.removeLast()
-        isBusy[block] = true
-        outstanding[head] = (Request(block: block, isWrite: isWrite, place: room.data, status: room.status), room, seed)
+        if kind != .flush { isBusy[block] = true }
+        outstanding[head] = (Request(block: kind == .flush ? nil : block, order: kind, place: room.data, status: room.status), room, seed)
       }
     }
     func collect() throws {
@@ -82,12 +99,14 @@ struct KillTests {
           guard let (request, room, seed) = outstanding.removeValue(forKey: head) else { throw TestFailure("answered twice") }
           let status = front.memory.load(UInt8.self, at: request.status)
           guard status == 0 else { throw TestFailure("request failed with \(String(describing: status))") }
-          if request.isWrite {
-            content[request.block] = seed
-          } else if front.memory.bytes(at: request.place, count: Self.blockByteCount) != bytes(content[request.block]) {
-            throw TestFailure("block \(request.block) reads as it should not")
+          if let block = request.block {
+            if request.order != .read {
+              content[block] = seed
+            } else if front.memory.bytes(at: request.place, count: Self.blockByteCount) != bytes(content[block]) {
+              throw TestFailure("block \(block) reads as it should not")
+            }
+            isBusy[block] = false
           }
-          isBusy[request.block] = false
           free.append(room)
           answered += 1
         }
@@ -97,13 +116,18 @@ struct KillTests {
     for round in 1...Self.rounds {
       // Killed while it works: after a number of answers that differs from round to round.
       let goal = answered + Int(random.next() % 200) + 1
-      let end = MonotonicTime.now.advanced(by: .seconds(10))
-      while answered < goal {
+      let end = MonotonicTime.now.advanced(by: .seconds(60))
+      // One that has been begun so often that it would be refused the next time is waited for.
+      while answered < goal || outstanding.values.contains(where: { $0.0.deaths >= Virtqueue.replayLimit }) {
         try submit()
         try collect()
         guard MonotonicTime.now < end else { throw TestFailure("round \(round): no answers; \(program.log)") }
       }
       try submit()
+      for head in outstanding.keys {
+        outstanding[head]?.0.deaths += 1
+        if let order = outstanding[head]?.0.order { underWay[order, default: 0] += 1 }
+      }
       program.kill9()
       try front.reconnect(try restart(&program, arguments))
     }
@@ -118,6 +142,7 @@ struct KillTests {
       #expect(Array(file[start..<start + Self.blockByteCount]) == bytes(content[block]), "block \(block)")
     }
     #expect(answered > 50 * Self.rounds)
+    for order in Order.allCases { #expect(underWay[order, default: 0] > Self.rounds / 10, "\(order): \(underWay)") }
   }
 
   /// The fence of whoever starts processes: what the dead one left under way holds the image's lock.

@@ -46,6 +46,42 @@ struct DiskServiceTests {
     home.expectNothingLeft()
   }
 
+  @Test("Another file in the image's place is never touched: the guest keeps the old one, and no successor takes the new one")
+  func replacedFile() throws {
+    let home = try WholeVM()
+    let path = home.directory + "/disk.img"
+    let vm = try home.start([
+      "--cmdline", "test=blk op=write depth=8 n=100000000 span=2", "--disk", "path=disk.img,restart-limit=3", "--control", "ctl",
+      "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    func done() throws -> Int { sum(try queues(home, "stats blk0"), "requests") }
+    func wait(_ what: String, _ condition: () throws -> Bool) throws {
+      let end = Date().addingTimeInterval(60)
+      while try !condition() {
+        guard Date() < end, vm.isRunning else { throw TestFailure("\(what): not seen; \(vm.errorText.suffix(1500))") }
+        usleep(5000)
+      }
+    }
+    try wait("a disk at work") { try done() > 1000 }
+    let other = Data((0..<(2 << 20)).map { UInt8(truncatingIfNeeded: $0 &* 7) })
+    try other.write(to: URL(fileURLWithPath: home.directory + "/other.img"))
+    #expect(rename(home.directory + "/other.img", path) == 0)
+    let before = try done()
+    try wait("work on the old file") { try done() > before + 1000 }
+    let refused = try home.ctl("resize-disk blk0 4M")
+    #expect(refused.code == 1)
+    #expect((refused.output + refused.errors).contains("it is not the file it was when the VM started"), "\(refused)")
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    try wait("a disk that is given up") { vm.errorText.contains("the device blk0 needs a reset") }
+    #expect(vm.errorText.contains("'disk.img': it is not the file it was when the VM started"), "\(vm.errorText)")
+    #expect(try Data(contentsOf: URL(fileURLWithPath: path)) == other)
+    #expect(vm.isRunning)
+    vm.signal(SIGTERM)
+    _ = vm.wait()
+    home.expectNothingLeft()
+  }
+
   @Test("A disk is made longer and shorter; what is no size or no disk is refused")
   func resize() throws {
     let home = try WholeVM()

@@ -59,6 +59,24 @@ struct BadInputTests {
       "Cannot open image of disk blk0 'none.img': it does not exist; check the path")
   }
 
+  @Test(.enabled(if: geteuid() == 0, "Becoming an ordinary user needs root."))
+  func imageWithoutPermission() throws {
+    let home = try Installation()
+    // In a mount namespace of its own, where everybody may use /dev/kvm.
+    func run(_ mode: String, _ disk: String) throws -> ProgramResult {
+      try home.shell(
+        """
+        chmod \(mode) disk.img; exec unshare -m sh -c 'cp -a /dev/kvm kvm && chmod 666 kvm && mount --bind kvm /dev/kvm && rm -f kvm2 && \
+        setpriv --reuid 65534 --regid 65534 --clear-groups ./martlet run --kernel kernel --console null --disk \(disk); code=$?; \
+        umount /dev/kvm; rm -f kvm; exit $code'
+        """)
+    }
+    for (mode, disk) in [("600", "path=disk.img"), ("644", "path=disk.img"), ("600", "path=disk.img,readonly=on")] {
+      expect(
+        home, try run(mode, disk), 3, "Cannot open image of disk blk0 'disk.img': permission denied; check its owner and mode")
+    }
+  }
+
   @Test func imageThatIsNoFile() throws {
     let home = try Installation()
     expect(
