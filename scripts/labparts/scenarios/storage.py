@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 from . import TOOLS, Disk, Failure, Skip, command, scenario
 
@@ -124,6 +125,154 @@ def disk_error(trial):
         subprocess.run(["losetup", "-d", loop])
 
 
+VANISH = """
+vd=/dev/$(disk gone)
+succeeds write dd if=/dev/urandom of=$vd bs=64k count=16 oflag=direct conv=notrunc
+succeeds read dd if=$vd of=/dev/null bs=64k count=16 iflag=direct
+echo MARTLET-READY
+n=0
+while dd if=$vd of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+refused read-gone dd if=$vd of=/dev/null bs=64k count=1 iflag=direct
+refused write-gone dd if=/dev/zero of=$vd bs=64k count=1 oflag=direct conv=notrunc
+refused flush-gone dd if=/dev/zero of=$vd bs=64k count=1 conv=notrunc,fsync
+"""
+
+
+@scenario("a disk of the host that is taken away: errors for the guest, and nothing ends", 150)
+def disk_vanishes(trial):
+    trial.only_martlet()
+    if subprocess.run(["modprobe", "-a", "sd_mod", "scsi_debug"], capture_output=True).returncode:
+        raise Skip("this machine cannot make a disk of memory (scsi_debug)")
+    driver = Path("/sys/bus/pseudo/drivers/scsi_debug")
+    before = set(driver.glob("adapter*/host*/target*/*/block/*"))
+    try:
+        (driver / "add_host").write_text("1")
+        deadline = time.monotonic() + 20
+        while not (made := set(driver.glob("adapter*/host*/target*/*/block/*")) - before):
+            if time.monotonic() > deadline:
+                raise Failure("scsi_debug made no disk")
+            time.sleep(0.05)
+        disk = made.pop()
+        pid = None
+
+        def take_away(running):
+            nonlocal pid
+            running.wait_for("MARTLET-READY", 80)
+            pid = trial.martlet.processes(running).get("blk0")
+            (disk / "device/delete").write_text("1")
+            running.wait_for("MARTLET-CHECK flush-gone", 60)
+            if pid is None or trial.martlet.processes(running).get("blk0") != pid:
+                raise Failure("the disk's process is not the one it was")
+
+        trial.run(VANISH, "write read read-gone write-gone flush-gone", 140, disks=[Disk(f"/dev/{disk.name}", serial="gone", keys=",direct=on")],
+                  meanwhile=take_away)
+    finally:
+        (driver / "add_host").write_text("-1")
+
+
+NFS = TOOLS + """
+for name in ring calls; do
+  vd=/dev/$(disk $name)
+  succeeds fio-$name tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=16 --size=6m \\
+    --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=100 --thread --eta=never
+done
+echo MARTLET-READY
+n=0
+while dd if=$vd of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+for name in ring calls; do
+  vd=/dev/$(disk $name)
+  refused read-$name dd if=$vd of=/dev/null bs=64k count=1 iflag=direct
+  refused write-$name dd if=/dev/zero of=$vd bs=64k count=1 oflag=direct conv=notrunc
+done
+"""
+
+
+class NFS4:
+    """A directory in memory, served by the kernel's NFS server of this network namespace and mounted from it."""
+
+    def __init__(self, trial):
+        self.behind, self.place, self.control = trial.place / "exported", trial.place / "nfs", trial.place / "nfsd"
+        if subprocess.run(["modprobe", "-a", "nfsd", "nfsv4"], capture_output=True).returncode:
+            raise Skip("this machine has no NFS")
+        for place in (self.behind, self.place, self.control):
+            place.mkdir()
+        command("mount", "-t", "tmpfs", "-o", "size=64m", "none", str(self.behind))
+        command("mount", "-t", "nfsd", "none", str(self.control))
+
+    def put(self, file, text, must=True):
+        """One line, in one call: a second one on the same descriptor is refused there."""
+        try:
+            number = os.open(file, os.O_WRONLY)
+            try:
+                os.write(number, text.encode() + b"\n")
+            finally:
+                os.close(number)
+        except OSError as error:
+            if must:
+                raise Failure(f"{file} does not take {text!r}: {error.strerror}")
+
+    def answer(self, cache, line):
+        """What the server would ask mountd, answered before it asks."""
+        self.put(f"/proc/net/rpc/{cache}/channel", line)
+
+    def serve(self):
+        for word in ("-2", "-3", "+4", "+4.2"):
+            self.put(self.control / "versions", word, must=False)
+        for file in ("nfsv4leasetime", "nfsv4gracetime"):
+            self.put(self.control / file, "10", must=False)
+        self.answer("auth.unix.ip", "nfsd 127.0.0.1 2147483647 *")
+        # By number 0, for everybody, from any port; root stays root.
+        self.answer("nfsd.fh", f"* 1 \\x00000000 2147483647 {self.behind}")
+        self.answer("nfsd.export", f"* {self.behind} 2147483647 {0x2000 | 0x400 | 2} 65534 65534 0")
+        self.put(self.control / "threads", "4")
+        # Nobody from before is waited for.
+        self.put(self.control / "v4_end_grace", "Y", must=False)
+        command("mount", "-i", "-t", "nfs4", "-o", "addr=127.0.0.1,clientaddr=127.0.0.1,vers=4.2,soft,timeo=600", "127.0.0.1:/", str(self.place))
+
+    def spoil(self):
+        """Every handle is stale from now on."""
+        self.put("/proc/net/rpc/nfsd.fh/flush", "1")
+        self.answer("nfsd.fh", "* 1 \\x00000000 2147483647")
+
+    def close(self):
+        subprocess.run(["umount", "-f", "-l", str(self.place)], capture_output=True)
+        self.put(self.control / "threads", "0", must=False)
+        for place in (self.control, self.behind):
+            subprocess.run(["umount", "-l", str(place)])
+
+
+@scenario("images on NFS, by ring and by calls: verified, locked, and errors once their handles are stale", 240, by_hand=True)
+def disk_nfs(trial):
+    trial.only_martlet()
+    server = NFS4(trial)
+    try:
+        server.serve()
+        images = {}
+        for name in ("ring", "calls"):
+            images[name] = server.place / f"{name}.img"
+            with open(images[name], "wb") as file:
+                file.truncate(8 << 20)
+        second = None
+
+        def meanwhile(running):
+            nonlocal second
+            running.wait_for("MARTLET-READY", 200)
+            second = subprocess.run([trial.options.bin / "martlet-block", f"--blk-file={images['ring']}", f"--socket-path={trial.place}/second"],
+                                    capture_output=True, text=True, timeout=60)
+            server.spoil()
+
+        trial.run(NFS, "fio-ring fio-calls read-ring write-ring read-calls write-calls", 230, cpus=2, meanwhile=meanwhile, disks=[
+            Disk(images["ring"], serial="ring", keys=",aio=io_uring,direct=on"), Disk(images["calls"], serial="calls", keys=",aio=threads,direct=on"),
+            trial.tools()])
+        if second is None or second.returncode != 1 or "is in use by" not in second.stderr:
+            raise Failure(f"a second user was not refused: {second}")
+        log = (trial.place / "stderr").read_text(errors="replace")
+        if "ESTALE" not in log.upper():
+            raise Failure(f"no handle was stale: {log[-500:]}")
+    finally:
+        server.close()
+
+
 RESIZE = """
 vd=$(disk grow)
 echo MARTLET-READY
@@ -213,12 +362,12 @@ def disk_filesystems(trial):
 KILLED = """
 vd=/dev/$(disk work)
 echo MARTLET-READY
-succeeds fio tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --ioengine=libaio --direct=1 --iodepth=16 --size=12m --time_based --runtime=45 \\
+succeeds fio tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --ioengine=libaio --direct=1 --iodepth=16 --size=12m --time_based --runtime=25 \\
   --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=200 --thread --eta=never
 """
 
 
-@scenario("the disk's process is killed every second while fio verifies what it reads", 240, by_hand=True)
+@scenario("the disk's process is killed every second while fio verifies what it reads", 240)
 def disk_killed(trial):
     trial.only_martlet()
     image = trial.image("work", 16 << 20)
