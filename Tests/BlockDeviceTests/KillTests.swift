@@ -142,7 +142,9 @@ struct KillTests {
       #expect(Array(file[start..<start + Self.blockByteCount]) == bytes(content[block]), "block \(block)")
     }
     #expect(answered > 50 * Self.rounds)
-    for order in Order.allCases { #expect(underWay[order, default: 0] > Self.rounds / 10, "\(order): \(underWay)") }
+    for order in Order.allCases where Self.rounds >= 100 {
+      #expect(underWay[order, default: 0] > Self.rounds / 10, "\(order): \(underWay)")
+    }
   }
 
   /// The fence of whoever starts processes: what the dead one left under way holds the image's lock.
