@@ -11,6 +11,7 @@
 
 #ifndef SYS_landlock_create_ruleset
 #define SYS_landlock_create_ruleset 444
+#define SYS_landlock_add_rule 445
 #define SYS_landlock_restrict_self 446
 #endif
 
@@ -29,7 +30,7 @@ int clinux_landlock_abi(void) {
   return errno == ENOSYS || errno == EOPNOTSUPP ? 0 : -errno;
 }
 
-int clinux_landlock_restrict(int abi, int keeps_signals) {
+int clinux_landlock_restrict(int abi, int keeps_signals, int programs) {
   struct ruleset rules;
   memset(&rules, 0, sizeof rules);
   // LANDLOCK_ACCESS_FS_EXECUTE .. MAKE_SYM are bits 0 to 12; REFER, TRUNCATE and IOCTL_DEV came later.
@@ -41,6 +42,13 @@ int clinux_landlock_restrict(int abi, int keeps_signals) {
   if (abi >= 6) rules.scopes = keeps_signals ? 0x1 : 0x3;  // abstract Unix sockets, signals
   int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, sizeof rules, 0);
   if (fd < 0) return -errno;
+  // struct landlock_path_beneath_attr; EXECUTE and READ_FILE, which exec asks for as well.
+  struct { uint64_t rights; int32_t directory; } __attribute__((packed)) rule = {0x1 | 0x4, programs};
+  if (programs >= 0 && syscall(SYS_landlock_add_rule, fd, 1 /* LANDLOCK_RULE_PATH_BENEATH */, &rule, 0) < 0) {
+    int error = errno;
+    close(fd);
+    return -error;
+  }
   long result = syscall(SYS_landlock_restrict_self, fd, 0);
   int error = errno;
   close(fd);

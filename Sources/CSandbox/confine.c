@@ -14,10 +14,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static int lock_secure_bits(void) {
+// Capabilities that are kept reach the program that we execute by the ambient set only.
+static int lock_secure_bits(const struct csandbox_confinement *c) {
   if (!csandbox_has_capability(CAP_SETPCAP)) return 0; // an ordinary user without a namespace: there is nothing to lock
   unsigned long bits = SECBIT_NOROOT | SECBIT_NOROOT_LOCKED | SECBIT_NO_SETUID_FIXUP_LOCKED | SECBIT_NO_CAP_AMBIENT_RAISE |
                        SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED;
+  if (c->capabilities) bits &= ~(unsigned long)(SECBIT_NO_CAP_AMBIENT_RAISE | SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED);
   return prctl(PR_SET_SECUREBITS, bits, 0, 0, 0) < 0 ? errno : 0;
 }
 
@@ -25,7 +27,7 @@ static int drop_privileges(const struct csandbox_confinement *c) {
   int may_clear_bounding = csandbox_has_capability(CAP_SETPCAP);
   capng_clear(CAPNG_SELECT_ALL);
   for (unsigned number = 0; number < 64; number++)
-    if (c->capabilities >> number & 1) capng_update(CAPNG_ADD, CAPNG_EFFECTIVE | CAPNG_PERMITTED, number);
+    if (c->capabilities >> number & 1) capng_update(CAPNG_ADD, CAPNG_EFFECTIVE | CAPNG_PERMITTED | CAPNG_INHERITABLE, number);
   errno = 0;
   if (c->change_identity) {
     if (capng_change_id((int)c->uid, (int)c->gid, CAPNG_DROP_SUPP_GRP | CAPNG_CLEAR_BOUNDING | CAPNG_CLEAR_AMBIENT) == 0) return 0;
@@ -35,13 +37,19 @@ static int drop_privileges(const struct csandbox_confinement *c) {
   return errno ? errno : EPERM;
 }
 
+static int keep_capabilities(const struct csandbox_confinement *c) {
+  for (int number = 0; number < 64; number++)
+    if (c->capabilities >> number & 1 && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0) < 0) return errno;
+  return 0;
+}
+
 static int verify(const struct csandbox_confinement *c) {
   struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
   struct __user_cap_data_struct data[2] = {{0}, {0}};
   if (syscall(SYS_capget, &header, data) < 0) return errno;
   for (int i = 0; i < 2; i++) {
     uint32_t kept = (uint32_t)(c->capabilities >> (32 * i));
-    if ((data[i].effective | data[i].permitted) & ~kept || data[i].inheritable) return EPERM;
+    if ((data[i].effective | data[i].permitted) & ~kept || data[i].inheritable & ~kept) return EPERM;
   }
   if (!c->change_identity) return 0;
   uid_t real, effective, saved;
@@ -68,12 +76,12 @@ int csandbox_confine(const struct csandbox_confinement *c, int *step) {
   *step = CSANDBOX_LIMITS;
   if ((error = csandbox_set_limit(RLIMIT_CORE, 0)) || (error = csandbox_set_limit(RLIMIT_MSGQUEUE, 0)) ||
       (error = csandbox_set_limit(RLIMIT_RTPRIO, 0)) || (error = csandbox_set_limit(RLIMIT_NOFILE, c->file_limit)) ||
-      (error = csandbox_set_limit(RLIMIT_NPROC, 0)))
+      (error = csandbox_set_limit(RLIMIT_NPROC, 1)))
     return error;
   *step = CSANDBOX_SECURE_BITS;
-  if ((error = lock_secure_bits())) return error;
+  if ((error = lock_secure_bits(c))) return error;
   *step = CSANDBOX_IDENTITY;
-  if ((error = drop_privileges(c))) return error;
+  if ((error = drop_privileges(c)) || (error = keep_capabilities(c))) return error;
   *step = CSANDBOX_VERIFICATION;
   if ((error = verify(c))) return error;
   *step = CSANDBOX_NO_NEW_PRIVILEGES;

@@ -146,7 +146,10 @@ int csandbox_start_guardian(const struct csandbox_guardian *guardian, int *pidfd
   if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
   int handle = -1;
   struct clone_args arguments = {
-      .flags = CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)&handle, .exit_signal = SIGCHLD};
+      .flags = CLONE_PIDFD | (guardian->is_sibling ? CLONE_PARENT : 0),
+      .pidfd = (uint64_t)(uintptr_t)&handle,
+      // A sibling takes over the caller's.
+      .exit_signal = guardian->is_sibling ? 0 : SIGCHLD};
   long pid = syscall(SYS_clone3, &arguments, sizeof arguments);
   if (pid == 0) guard(guardian, ends[0]);
   int error = errno;

@@ -7,7 +7,9 @@
 #include <fcntl.h>
 #include <linux/close_range.h>
 #include <linux/capability.h>
+#include <linux/filter.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
 #include <linux/securebits.h>
 #include <poll.h>
 #include <signal.h>
@@ -240,11 +242,23 @@ struct parent {
 
 static void child(const struct csandbox_launch *launch, int pipe, struct parent parent) __attribute__((noreturn));
 
+static void helper(const struct csandbox_launch *launch, int executable, int pipe, struct parent parent) __attribute__((noreturn));
+
+static void helper(const struct csandbox_launch *launch, int executable, int pipe, struct parent parent) {
+  int error;
+  if ((error = arrange(launch, &executable, &pipe))) fail(pipe, CSANDBOX_DESCRIPTORS, error);
+  if (prctl(PR_SET_PDEATHSIG, launch->parent_death_signal, 0, 0, 0) < 0) fail(pipe, CSANDBOX_PARENT_DEATH, errno);
+  if (is_orphan(launch, pipe, parent.pid)) fail(pipe, CSANDBOX_PARENT_DEATH, ESRCH);
+  syscall(SYS_execveat, executable, "", launch->arguments, environ, 0x1000 /* AT_EMPTY_PATH */);
+  fail(pipe, CSANDBOX_EXEC, errno);
+}
+
 static void child(const struct csandbox_launch *launch, int pipe, struct parent parent) {
   int executable = launch->executable;
   int error;
   if (setsid() < 0) fail(pipe, CSANDBOX_SESSION, errno);
   if (reset_signals() < 0) fail(pipe, CSANDBOX_SIGNALS, errno);
+  if (launch->is_helper) helper(launch, executable, pipe, parent);
   const struct csandbox_jail *jail = launch->jail;
   int detail = -1;
   if (launch->namespaces & CLONE_NEWUSER && (error = map_user(parent.uid, parent.gid))) fail(pipe, CSANDBOX_USER_MAP, error);
@@ -277,8 +291,10 @@ static void child(const struct csandbox_launch *launch, int pipe, struct parent 
   // Swift's runtime would look for its crash reporter by /proc/self/exe, and dies where there is no /proc.
   char *const environment[] = {"SWIFT_BACKTRACE=enable=no,swift-backtrace=/", NULL};
   if (jail && (error = csandbox_restrict_to_jail(jail, &detail))) fail_at(pipe, CSANDBOX_RESTRICTION, error, detail);
+  struct sock_fprog program = {.len = launch->filter_length, .filter = (struct sock_filter *)launch->filter};
+  if (launch->filter && syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) < 0) fail(pipe, CSANDBOX_RESTRICTION, errno);
   syscall(SYS_execveat, executable, "", launch->arguments, jail ? jail->environment : environment, 0x1000 /* AT_EMPTY_PATH */,
-          jail ? jail->cookie : 0);
+          jail ? jail->cookie : launch->cookie);
   fail(pipe, CSANDBOX_EXEC, errno);
 }
 

@@ -8,6 +8,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
   case events, conversation
   case add, remove
   case replace, upgrade
+  case upgradeSupervisor = "upgrade-supervisor"
 
   package var summary: String {
     switch self {
@@ -23,6 +24,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .remove: "let the guest let go of a device and take it away; --force: without asking; --timeout MS"
     case .replace: "another back end takes over under the running guest; the options follow below"
     case .upgrade: "the installed programs take over, device by device"
+    case .upgradeSupervisor: "go over to the installed supervisor program, VM and devices staying as they are"
     case .resizeDisk: "make a disk's image longer or shorter, or see that somebody has, and tell the guest"
     case .conversation: "the latest messages to and from a device's back end, or the one it lost, for martlet probe decode"
     case .events: "what happened to the devices, with times; with --follow also what will; with --json a line for each"
@@ -39,6 +41,7 @@ package enum ControlVerb: String, CaseIterable, Sendable {
     case .remove: ["DEVICE", "--force", "--timeout MS"]
     case .conversation: ["DEVICE"]
     case .replace: ["DEVICE", "OPTION ...", "-- PROGRAM ARGUMENT ..."]
+    case .upgradeSupervisor: ["--dry-run"]
     default: []
     }
   }

@@ -286,7 +286,7 @@ extension DeviceAssignment {
 
 extension WireReader {
   /// The name of a VM or a device.
-  mutating func identifier() throws(MessageError) -> String {
+  package mutating func identifier() throws(MessageError) -> String {
     let text = try text("id", limit: VMConfiguration.Limits.name)
     guard VMConfiguration.isName(text) else { throw .badField("id") }
     return text

@@ -260,6 +260,12 @@ package struct VMConfiguration: Equatable, Sendable {
     return nil
   }
 
+  /// Somebody else's program that serves the device.
+  package func jailedProgram(of id: String) -> JailedProgram? {
+    if case .program(let program) = external(of: id) { return program }
+    return nil
+  }
+
   /// What follows when the device's back end dies.
   package func deathPolicy(of id: String) -> DeathPolicy {
     for disk in disks where disk.id == id { return disk.death }

@@ -46,40 +46,42 @@ package enum Wire {
 }
 
 /// Appends little-endian fields.
-struct WireWriter {
-  private(set) var bytes: [UInt8] = []
+package struct WireWriter {
+  package private(set) var bytes: [UInt8] = []
 
-  mutating func number<Number: FixedWidthInteger>(_ value: Number) {
+  package init() {}
+
+  package mutating func number<Number: FixedWidthInteger>(_ value: Number) {
     for shift in stride(from: 0, to: Number.bitWidth, by: 8) {
       bytes.append(UInt8(truncatingIfNeeded: value >> Number(shift)))
     }
   }
 
-  mutating func flag(_ value: Bool) { number(UInt8(value ? 1 : 0)) }
+  package mutating func flag(_ value: Bool) { number(UInt8(value ? 1 : 0)) }
 
   /// Two bytes of length, then UTF-8. Cut at a character boundary if it were too long for the field: texts are checked
   /// where they enter, except sentences, which may be cut.
-  mutating func text(_ value: String, limit: Int = 4096) {
+  package mutating func text(_ value: String, limit: Int = 4096) {
     var text = Substring(value)
     while text.utf8.count > limit { text.removeLast() }
     number(UInt16(text.utf8.count))
     bytes.append(contentsOf: text.utf8)
   }
 
-  mutating func list<Element>(_ elements: [Element], _ write: (inout WireWriter, Element) -> Void) {
+  package mutating func list<Element>(_ elements: [Element], _ write: (inout WireWriter, Element) -> Void) {
     number(UInt16(elements.count))
     for element in elements { write(&self, element) }
   }
 }
 
 /// Takes fields off the front and never reads past the end.
-struct WireReader {
+package struct WireReader {
   private let bytes: [UInt8]
   private var position = 0
 
-  init(_ bytes: [UInt8]) { self.bytes = bytes }
+  package init(_ bytes: [UInt8]) { self.bytes = bytes }
 
-  mutating func number<Number: FixedWidthInteger & UnsignedInteger>(
+  package mutating func number<Number: FixedWidthInteger & UnsignedInteger>(
     _: Number.Type = Number.self
   ) throws(MessageError) -> Number {
     let count = Number.bitWidth / 8
@@ -90,7 +92,7 @@ struct WireReader {
     return value
   }
 
-  mutating func flag(_ name: MessageError.StaticName) throws(MessageError) -> Bool {
+  package mutating func flag(_ name: MessageError.StaticName) throws(MessageError) -> Bool {
     switch try number(UInt8.self) {
     case 0: return false
     case 1: return true
@@ -98,7 +100,7 @@ struct WireReader {
     }
   }
 
-  mutating func text(_ name: MessageError.StaticName, limit: Int = 4096) throws(MessageError) -> String {
+  package mutating func text(_ name: MessageError.StaticName, limit: Int = 4096) throws(MessageError) -> String {
     let count = Int(try number(UInt16.self))
     guard count <= limit else { throw .badField(name) }
     guard bytes.count - position >= count else { throw .truncated }
@@ -109,7 +111,7 @@ struct WireReader {
     return text
   }
 
-  mutating func list<Element>(
+  package mutating func list<Element>(
     _ name: MessageError.StaticName, limit: Int, _ read: (inout WireReader) throws(MessageError) -> Element
   ) throws(MessageError) -> [Element] {
     let count = Int(try number(UInt16.self))
@@ -120,7 +122,7 @@ struct WireReader {
     return elements
   }
 
-  func finish() throws(MessageError) {
+  package func finish() throws(MessageError) {
     guard position == bytes.count else { throw .trailing(byteCount: bytes.count - position) }
   }
 }

@@ -62,6 +62,21 @@ public enum SharedMemory {
     return fd
   }
 
+  /// A memfd without size, which grows as it is written and can be sealed.
+  public static func growing(name: String) throws(SystemError) -> OwnedFD {
+    let flags = UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING)
+    let noExecuteSeal: UInt32 = 0x0008  // MFD_NOEXEC_SEAL, Linux 6.3
+    // SAFETY: the name is a NUL-terminated copy that lives for the call.
+    var result = unsafe clinux_memfd_create(name, flags | noExecuteSeal)
+    if result == -EINVAL { result = unsafe clinux_memfd_create(name, flags) }
+    return OwnedFD(owning: try checked(result, "create shared memory"))
+  }
+
+  /// Its bytes are what they are from here on: no size, no byte and no seal changes any more.
+  public static func seal(_ number: CInt) throws(SystemError) {
+    _ = try checked(clinux_fcntl(number, 1033, CLong(sizeSeals | 0x0008)), "seal shared memory")  // F_ADD_SEALS, F_SEAL_WRITE
+  }
+
   /// The seals of a received descriptor, or nil when it is of a kind that has none.
   public static func seals(of fd: borrowing OwnedFD) -> CInt? {
     let result = clinux_fcntl(fd.rawValue, 1034, 0)  // F_GET_SEALS

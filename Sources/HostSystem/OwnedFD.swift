@@ -164,6 +164,18 @@ public struct FileStatus: Sendable {
   /// Whether both are of one file, whatever its names.
   public func isSameFile(as other: FileStatus) -> Bool { device == other.device && inode == other.inode }
 
+  /// Of a file that is only to be recognised.
+  package init(device: UInt64, inode: UInt64) {
+    self.device = device
+    self.inode = inode
+    kind = .other
+    byteCount = 0
+    mode = 0
+    specialDevice = 0
+    representedDevice = 0
+    blockSize = 0
+  }
+
   init(_ raw: stat) {
     switch raw.st_mode & 0o170000 {
     case 0o100000: kind = .regular

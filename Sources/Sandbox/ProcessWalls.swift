@@ -32,14 +32,16 @@ package enum ProcessWalls {
 
   /// Takes every right over files, TCP ports, abstract sockets and other processes that Landlock knows. What is open stays
   /// usable. Before any thread exists: they inherit it.
-  /// - Parameter keepsSignals: for the supervisor, which ends the others. Landlock would also hold back the signal that they
-  ///   get when it dies.
-  package static func closeFiles(_ mode: WallMode, keepsSignals: Bool = false) throws(SandboxError) {
+  /// - Parameters:
+  ///   - keepsSignals: for the supervisor, which ends the others. Landlock would also hold back the signal that they get when
+  ///     it dies.
+  ///   - programs: a directory whose programs can still be executed, -1 for none.
+  package static func closeFiles(_ mode: WallMode, keepsSignals: Bool = false, programs: CInt = -1) throws(SandboxError) {
     guard mode != .off else { return }
     let level = clinux_landlock_abi()
     // The supervisor has said once that the host has none; `--hardened` ended there.
     guard level > 0 else { return }
-    try step(.landlock, clinux_landlock_restrict(level, keepsSignals ? 1 : 0))
+    try step(.landlock, clinux_landlock_restrict(level, keepsSignals ? 1 : 0, programs))
   }
 
   /// Leaves all threads the system calls of `lists`, for ever. Last: every thread must have said that it runs, because one
@@ -61,8 +63,13 @@ package enum ProcessWalls {
 
   /// The filter of `lists`, for a process that is not this program; nil when there is none to be had, or wanted.
   package static func filter(_ lists: [SystemCallList], _ mode: WallMode) -> SystemCallFilter? {
+    filter(lists.flatMap(\.rules), mode, processID: 0)
+  }
+
+  /// The same of rules.
+  package static func filter(_ rules: [SystemCallRule], _ mode: WallMode, processID: Int32) -> SystemCallFilter? {
     guard mode != .off, clinux_seccomp_can_kill() == 1 else { return nil }
-    return SystemCallFilter(lists.flatMap(\.rules), refusal: mode == .log ? .log : .killProcess, processID: 0)
+    return SystemCallFilter(rules, refusal: mode == .log ? .log : .killProcess, processID: processID)
   }
 
   private static func install(

@@ -62,6 +62,8 @@ package struct SystemCallFilter: Equatable, Sendable {
 
     // The calls in the order of their first rule: the frequent ones stand first in the lists.
     var order: [UInt32] = []
+    let refused = refused + rules.compactMap { rule in rule.failure.map { (rule.number, $0) } }
+    let rules = rules.filter { $0.failure == nil }
     for rule in rules where !order.contains(rule.number) { order.append(rule.number) }
     for number in order {
       // With other arguments than those allowed: as the call is refused, where it is.

@@ -179,7 +179,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 1, reason: "write"),
         SystemCallRule(number: 288, reason: "accept4"),
         SystemCallRule(
-          number: 72, conditions: [.init(argument: 1, test: .anyOf([3, 4, 37]))], reason: "fcntl"),
+          number: 72, conditions: [.init(argument: 1, test: .anyOf([2, 3, 4, 37]))], reason: "fcntl"),
         SystemCallRule(number: 233, reason: "epoll_ctl"),
         SystemCallRule(number: 3, reason: "close"),
         SystemCallRule(number: 293, reason: "pipe2"),
@@ -202,6 +202,28 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 234, conditions: [.init(argument: 0, test: .ownProcess)], reason: "tgkill"),
         SystemCallRule(number: 219, reason: "restart_syscall"),
         SystemCallRule(number: 231, reason: "exit_group"),
+        SystemCallRule(
+          number: 157,
+          conditions: [.init(argument: 0, test: .masked(.max, equals: 4)), .init(argument: 1, test: .masked(.max, equals: 0))],
+          reason: "prctl"),
+        SystemCallRule(
+          number: 157, conditions: [.init(argument: 0, test: .masked(.max, equals: 15))], reason: "prctl"),
+        SystemCallRule(number: 157, reason: "prctl", failure: 22),
+        SystemCallRule(number: 291, reason: "epoll_create1"),
+        SystemCallRule(
+          number: 158, conditions: [.init(argument: 0, test: .masked(.max, equals: 0x1002))], reason: "arch_prctl"),
+        SystemCallRule(number: 218, reason: "set_tid_address"),
+        SystemCallRule(number: 273, reason: "set_robust_list"),
+        SystemCallRule(number: 334, reason: "rseq"),
+        SystemCallRule(
+          number: 302, conditions: [.init(argument: 2, test: .masked(.max, equals: 0))], reason: "prlimit64"),
+        SystemCallRule(number: 318, reason: "getrandom"),
+        SystemCallRule(
+          number: 10, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mprotect"),
+        SystemCallRule(
+          number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x5401))], reason: "ioctl"),
+        SystemCallRule(number: 89, reason: "readlink", failure: 2),
+        SystemCallRule(number: 257, reason: "openat", failure: 2),
       ]
     }
   }

@@ -5,6 +5,7 @@
 //     mmap     arg2 & 0x4 == 0            # the allocator; never executable
 //     fcntl    arg1 in 1, 3, 1034         # F_GETFD, F_GETFL, F_GET_SEALS
 //     tgkill   arg0 == self               # pthread_kill inside the process
+//     openat   refused 2                  # comes back with this error and is not carried out, instead of killing
 
 /// One allowed call with the arguments it may have.
 package struct SystemCallRule: Equatable, Sendable {
@@ -30,11 +31,14 @@ package struct SystemCallRule: Equatable, Sendable {
   /// All must hold. Several rules for one call are alternatives.
   package var conditions: [Condition]
   package var reason: String
+  /// The call is not allowed: unless another rule allows it, it comes back with this error instead of killing.
+  package var failure: UInt16?
 
-  package init(number: UInt32, conditions: [Condition] = [], reason: String) {
+  package init(number: UInt32, conditions: [Condition] = [], reason: String, failure: UInt16? = nil) {
     self.number = number
     self.conditions = conditions
     self.reason = reason
+    self.failure = failure
   }
 }
 
@@ -65,8 +69,12 @@ extension SystemCallRule {
       guard let number = SystemCall.number(String(name)) else { throw wrong("'\(name)' is no x86-64 system call") }
       var rule = SystemCallRule(number: number, reason: String(trimmed(halves[1])))
       let rest = trimmed(statement.dropFirst(name.count))
-      if !rest.isEmpty {
-        var combinations = 1
+      var combinations = 1
+      let words = rest.split(separator: " ")
+      if words.count == 2, words[0] == "refused" {
+        guard let failure = UInt16(words[1]), (1...4095).contains(failure) else { throw wrong("'\(words[1])' is no errno") }
+        rule.failure = failure
+      } else if !rest.isEmpty {
         for part in split(rest, at: " and ") {
           guard let condition = Condition(trimmed(part)) else {
             throw wrong("condition '\(part)' is not 'argN == V', 'argN in V, V', 'argN & M == V' or 'argN == self'")
@@ -81,7 +89,10 @@ extension SystemCallRule {
           }
         }
       }
-      if rules.contains(where: { $0.number == rule.number && $0.conditions == rule.conditions }) {
+      let isRefusal = rule.failure != nil
+      if rules.contains(where: {
+        $0.number == rule.number && $0.conditions == rule.conditions && ($0.failure != nil) == isRefusal
+      }) {
         throw wrong("'\(statement)' stands here twice")
       }
       rules.append(rule)

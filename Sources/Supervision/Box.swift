@@ -1,3 +1,4 @@
+import Glibc
 import HostSystem
 
 /// A descriptor that waits in a list until it is given away; lists cannot hold it directly.
@@ -5,6 +6,9 @@ final class FDBox {
   private var fd: OwnedFD?
 
   init(_ fd: consuming OwnedFD) { self.fd = consume fd }
+
+  /// Stands for one that another process has.
+  init() {}
 
   /// The number, to be lent to a call; -1 when it has been taken.
   var number: CInt {
@@ -38,6 +42,22 @@ final class FDBox {
   func write(_ bytes: [UInt8]) -> Bool {
     switch fd {
     case .some(let fd): (try? fd.writeAll(bytes)) != nil
+    case .none: false
+    }
+  }
+
+  /// Writes all, waiting as long as it takes.
+  func writeAll(_ bytes: [UInt8]) throws(SystemError) {
+    switch fd {
+    case .some(let fd): try fd.writeAll(bytes)
+    case .none: throw SystemError("write", Errno(EBADF))
+    }
+  }
+
+  /// Waits until there is something to read, or the end; false when the time passed first.
+  func waitUntilReadable(_ timeout: Duration) -> Bool {
+    switch fd {
+    case .some(let fd): (try? fd.waitUntil(.readable, timeout: timeout)) == true
     case .none: false
     }
   }

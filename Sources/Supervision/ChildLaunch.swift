@@ -33,6 +33,11 @@ package struct ChildLaunch {
   /// For somebody else's program: what it sees and may do. Without one: an empty root and no filter, which our programs
   /// put on themselves.
   package var jail: JailWalls?
+  /// For a program that stands in for one behind its filter: the filter, and the number with which exec passes it.
+  var filter: [SystemCallFilter.Instruction] = []
+  var cookie: UInt64 = 0
+  /// One that may what the launcher may: only descriptors are arranged.
+  var isHelper = false
 
   /// The directory of its control group, lent for the call of `start`; nil: the launcher's.
   package var group: CInt?
@@ -68,20 +73,22 @@ package struct ChildLaunch {
     return (stage, errno)
   }
 
-  private func start(_ executable: CInt, asSibling: Bool = false) throws(SandboxError) -> StartedChild {
+  /// The same of a number; -1 for no program.
+  func start(_ executable: CInt, asSibling: Bool = false) throws(SandboxError) -> StartedChild {
     precondition(descriptors.count <= Self.descriptorLimit, "No process is given more than 32 descriptors.")
     var pidfd: CInt = -1
     var report: CInt = -1
     // SAFETY: argument vector and descriptor array live unchanged for the call; the child works on its own copy of memory.
     let pid = unsafe ArgumentVector.lend(arguments) { argv in
-      unsafe descriptors.withUnsafeBufferPointer { numbers in
+      unsafe withArrays { numbers, program in
         let isCountedAlone = identity != nil || namespaces.contains(.user)
         var launch = unsafe csandbox_launch(
           executable: executable, arguments: argv, descriptors: numbers.baseAddress,
           descriptor_count: CInt(numbers.count), change_identity: identity == nil ? 0 : 1, uid: identity?.uid ?? 0,
           gid: identity?.gid ?? 0, file_limit: fileLimit, process_limit: isCountedAlone ? threadLimit ?? 0 : 0,
-          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal,
-          group: group ?? -1, jail: nil)
+          namespaces: namespaces.rawValue | (asSibling ? 0x8000 : 0), parent_death_signal: parentDeathSignal, group: group ?? -1, jail: nil,
+          filter: filter.isEmpty ? nil : program.baseAddress, filter_length: UInt16(filter.count), cookie: cookie,
+          is_helper: isHelper ? 1 : 0)
         guard let jail else { return unsafe csandbox_start(&launch, &pidfd, &report) }
         return unsafe jail.withStructure { structure in
           unsafe launch.jail = structure
@@ -92,6 +99,13 @@ package struct ChildLaunch {
     guard pid > 0 else { throw .step(.fork, program: arguments.first ?? "", Errno(-pid)) }
     return StartedChild(
       process: ProcessHandle(processID: pid, adopting: OwnedFD(owning: pidfd)), report: OwnedFD(owning: report))
+  }
+}
+
+extension ChildLaunch {
+  /// Lends descriptors and filter, for the call only.
+  private func withArrays<Result>(_ body: (UnsafeBufferPointer<CInt>, UnsafeRawBufferPointer) -> Result) -> Result {
+    unsafe descriptors.withUnsafeBufferPointer { numbers in unsafe filter.withUnsafeBytes { unsafe body(numbers, $0) } }
   }
 }
 

@@ -40,6 +40,36 @@ final class ControlServer {
 
   var number: CInt { listener.rawValue }
 
+  /// What was served before an upgrade.
+  init(_ listener: consuming OwnedFD, _ state: SupervisorState) throws(SupervisionError) {
+    self.listener = listener
+    nextID = Int(state.nextClient)
+    for known in state.clients {
+      let client = Client(try UpgradedProgram.adopt(known.socket))
+      client.received = known.received
+      client.outgoing = known.outgoing
+      client.followsEvents = known.followsEvents
+      client.missedCount = known.missedCount
+      clients[Int(known.id)] = client
+    }
+  }
+
+  /// The same, to be handed on.
+  func capture(_ state: inout SupervisorState) {
+    state.listener = listener.rawValue
+    state.nextClient = UInt32(clamping: nextID)
+    for (id, client) in clients.sorted(by: { $0.key < $1.key }) {
+      guard client.outgoing.count <= SupervisorState.Client.longestRest else { continue }
+      state.clients.append(
+        .init(
+          id: UInt32(clamping: id), socket: client.socket.rawValue, received: client.received, outgoing: client.outgoing,
+          followsEvents: client.followsEvents, missedCount: client.missedCount))
+    }
+  }
+
+  /// All connections, as id and descriptor number.
+  var connections: [(id: Int, number: CInt)] { clients.map { ($0.key, $0.value.socket.rawValue) } }
+
   /// New connections as id and descriptor number, to be watched.
   func accept() -> [(id: Int, number: CInt)] {
     var accepted: [(id: Int, number: CInt)] = []

@@ -4,11 +4,15 @@ import HostSystem
 /// The supervisor's end of the control channel.
 final class CoreChannel {
   private let socket: OwnedFD
-  private var sequence: UInt32 = 0
+  /// The last one used.
+  private(set) var sequence: UInt32
   private var buffer = [UInt8](repeating: 0, count: Wire.maximumLength + 1)
   private(set) var isOpen = true
 
-  init(_ socket: consuming OwnedFD) { self.socket = socket }
+  init(_ socket: consuming OwnedFD, sequence: UInt32 = 0) {
+    self.socket = socket
+    self.sequence = sequence
+  }
 
   var number: CInt { socket.rawValue }
 

@@ -48,7 +48,7 @@ final class DeviceCare {
     let path: String
     let readOnly: Bool
     let isShared: Bool
-    /// Nil where the spawner has it.
+    /// Nil where only the spawner has it.
     let status: FileStatus?
   }
 
@@ -56,7 +56,7 @@ final class DeviceCare {
   let kind: Kind
   let policy: VMConfiguration.DeathPolicy
   let image: Image?
-  private(set) var resources: [FDBox] = []
+  var resources: [FDBox] = []
   /// The core's end of the connection to a process that has not taken over yet.
   var socket: FDBox?
   /// The open file that such a process has as its image, until it is locked: the lock is the open file's, not ours.
@@ -65,18 +65,18 @@ final class DeviceCare {
   /// When a spare is to be started, where one is wanted.
   var spareDue: MonotonicTime?
   /// Spares that have died since one took over.
-  private var spareFailures = 0
+  var spareFailures = 0
   var step = Step.none
   var restartCount = 0
   /// When it came into service again last, and how often that did not last.
-  private var servedTime: MonotonicTime?
-  private var shortServices = 0
+  var servedTime: MonotonicTime?
+  var shortServices = 0
   /// As the device's processes have counted them so far.
   var replayCount: UInt64 = 0
   /// Within the last minute.
-  private var deaths: [MonotonicTime] = []
+  var deaths: [MonotonicTime] = []
   /// Since the device was served last.
-  private var failureCount = 0
+  var failureCount = 0
   /// When service was lost; nil while there is a back end, as far as we know.
   var lostTime: MonotonicTime?
 
@@ -164,6 +164,11 @@ final class DeviceCare {
   func spareIsUsed() {
     spare = nil
     spareFailures = 0
+  }
+
+  /// A process is on its way that knows descriptors which have no place in a state.
+  var isStarting: Bool {
+    if case .succeeding = step { true } else { socket != nil || unlockedImage != nil || spare?.isReady == false }
   }
 
   /// When something has to be done or is late.

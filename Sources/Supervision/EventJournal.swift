@@ -11,6 +11,25 @@ struct EventJournal {
   private var counts: [String: [SupervisionEvent.Kind: UInt64]] = [:]
   private var nextNumber: UInt64 = 1
 
+  init() {}
+
+  /// That of the program before an upgrade.
+  init(_ state: SupervisorState) {
+    events = state.events
+    for count in state.eventCounts { counts[count.device, default: [:]][count.kind] = count.number }
+    nextNumber = state.nextEvent
+  }
+
+  func capture(_ state: inout SupervisorState) {
+    state.events = events
+    state.nextEvent = nextNumber
+    for (device, known) in counts.sorted(by: { $0.key < $1.key }) {
+      for kind in SupervisionEvent.Kind.allCases {
+        if let number = known[kind] { state.eventCounts.append(.init(device: device, kind: kind, number: number)) }
+      }
+    }
+  }
+
   /// How many events have given way.
   var forgottenCount: UInt64 { nextNumber - 1 - UInt64(events.count) }
 

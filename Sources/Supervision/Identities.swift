@@ -14,9 +14,9 @@ package struct Identities: Sendable {
 
   /// nil: we are not root and keep our ids.
   package let base: UInt32?
-  private var used: UInt32 = 0
+  private(set) var used: UInt32 = 0
   /// Of processes that are gone for good.
-  private var released: [ChildIdentity] = []
+  private(set) var released: [ChildIdentity] = []
 
   package init(requested: UInt32?) throws(SupervisionError) {
     guard geteuid() == 0 else {
@@ -66,7 +66,7 @@ package struct Identities: Sendable {
   package mutating func next() -> ChildIdentity? {
     guard let base else { return nil }
     if let identity = released.popLast() { return identity }
-    precondition(used < Self.perVM, "A VM has fewer processes than identities.")
+    precondition(used < Self.perVM - 1, "A VM has fewer processes than identities.")
     defer { used += 1 }
     return ChildIdentity(uid: base + used, gid: base + used)
   }
@@ -80,6 +80,16 @@ package struct Identities: Sendable {
     guard let base, number > base, number - base < Self.perVM, number != base + used else { return nil }
     return ChildIdentity(uid: number, gid: number)
   }
+
+  /// Those of a VM whose processes have so many of them.
+  init(base: UInt32?, used: UInt32, released: [ChildIdentity] = []) {
+    self.base = base
+    self.used = used
+    self.released = released
+  }
+
+  /// For one process at a time that is no part of the VM; nil when ids are kept.
+  var last: ChildIdentity? { base.map { ChildIdentity(uid: $0 + Self.perVM - 1, gid: $0 + Self.perVM - 1) } }
 
   private static func contains(_ ranges: [(first: UInt64, count: UInt64)], _ first: UInt32) -> Bool {
     let last = UInt64(first) + UInt64(perVM) - 1

@@ -81,6 +81,12 @@ final class ImageClaims {
 
   func move(_ disk: String, to other: String) { held[other] = held.removeValue(forKey: disk) }
 
+  /// By disk, for a state; -1 for what another process has.
+  var numbers: [(disk: String, number: CInt)] { held.sorted { $0.key < $1.key }.map { ($0.key, $0.value.number) } }
+
+  /// Another process has it.
+  func know(_ disk: String) { held[disk] = FDBox() }
+
   /// In a fork, which knows of them and does not have them: the numbers are others' there.
   func abandon() { for claim in held.values { _ = claim.file.take()?.release() } }
 }

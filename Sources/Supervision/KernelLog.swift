@@ -4,7 +4,10 @@ import HostSystem
 /// Reads from the kernel's log which system call a process was killed for. A filter's kill leaves just SIGSYS in the exit
 /// status; the number is only in the audit record (type 1326), which the kernel prints there while no audit daemon runs.
 struct KernelLog: ~Copyable {
-  private let fd: OwnedFD
+  let fd: OwnedFD
+
+  /// One that was open before an upgrade.
+  init(adopting fd: consuming OwnedFD) { self.fd = fd }
 
   /// nil where the log may not be read (`kernel.dmesg_restrict` without CAP_SYSLOG). From here on: what is there already
   /// is of no interest.

@@ -23,6 +23,12 @@ package struct Programs: ~Copyable {
     directory = path
   }
 
+  /// The directory that a process before us had open.
+  init(adopting fd: consuming OwnedFD, directory: String) {
+    self.fd = fd
+    self.directory = directory
+  }
+
   /// Opened for execution by descriptor.
   package borrowing func open(_ name: String) throws(SupervisionError) -> OwnedFD {
     // SAFETY: the name is a NUL-terminated copy that lives for the call.

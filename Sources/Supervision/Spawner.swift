@@ -9,12 +9,14 @@ import HostSystem
 ///
 /// What it starts is the supervisor's child (CLONE_PARENT), so that the supervisor hears of ends, and takes all down with it.
 final class Spawner {
-  private enum Order: UInt8 {
+  enum Order: UInt8 {
     case start = 1
     case image, connect, tidy, startJailed, resize, order, forget, recording, adopt, drop, usage
+    // An upgrade.
+    case prepare, examine, renew, renewGuardian
   }
 
-  private enum Outcome: UInt8 {
+  enum Outcome: UInt8 {
     case done, notYet, failed
   }
 
@@ -23,10 +25,10 @@ final class Spawner {
   /// It opens files; a file system may hang.
   private static let patience = Duration.seconds(10)
 
-  private let socket: OwnedFD
-  private let process: ProcessHandle
+  let socket: OwnedFD
+  let process: ProcessHandle
 
-  private init(_ socket: consuming OwnedFD, _ process: consuming ProcessHandle) {
+  init(_ socket: consuming OwnedFD, _ process: consuming ProcessHandle) {
     self.socket = socket
     self.process = process
   }
@@ -125,15 +127,15 @@ final class Spawner {
   /// The candidate of `id` is none any more.
   func drop(_ id: String) { _ = try? ask(.drop, id) }
 
-  private static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
+  static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
 
   private func ask(_ order: Order, _ id: String, _ descriptors: [CInt] = []) throws(SupervisionError) -> (Outcome, Int32, [FDBox]) {
     let (outcome, number, received, _) = try askAll(order, id, descriptors)
     return (outcome, number, received)
   }
 
-  private func askAll(
-    _ order: Order, _ id: String, _ descriptors: [CInt]
+  func askAll(
+    _ order: Order, _ id: String = "", _ descriptors: [CInt] = []
   ) throws(SupervisionError) -> (Outcome, Int32, [FDBox], String) {
     guard case .bytes = UnixSocket.send(socket, [order.rawValue] + Array(id.utf8), descriptors: descriptors, waiting: false),
       (try? socket.waitUntil(.readable, timeout: Self.patience)) == true
@@ -148,7 +150,7 @@ final class Spawner {
   }
 
   /// nil: the other end is gone.
-  private static func receive(_ socket: borrowing OwnedFD) -> ([UInt8]?, [FDBox]) {
+  static func receive(_ socket: borrowing OwnedFD) -> ([UInt8]?, [FDBox]) {
     var buffer = [UInt8](repeating: 0, count: 4096)
     // SAFETY: the buffer is lent for the call.
     return unsafe buffer.withUnsafeMutableBytes { bytes in
@@ -163,9 +165,10 @@ final class Spawner {
   // MARK: Serving
 
   /// Until the supervisor is gone; does not return.
-  private static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
+  static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
     supervisor.claims.abandon()
     for care in supervisor.cares.values { care.abandonResources() }
+    let upgrade = SpawnerUpgrade()
     while case (.some(let request), let received) = receive(socket) {
       var number: Int32 = 0
       var descriptors: [FDBox] = []
@@ -229,6 +232,12 @@ final class Spawner {
         case .drop:
           supervisor.candidates[id] = nil
           supervisor.dropCandidate(id)
+        case .prepare: descriptors = try upgrade.prepare(supervisor)
+        case .examine: (number, descriptors) = try upgrade.examine(null: null.rawValue, supervisor)
+        case .renew: (number, descriptors, text) = try upgrade.renew(null: null.rawValue, supervisor)
+        case .renewGuardian:
+          let guardian = try supervisor.guardian.startForParent()
+          (number, descriptors) = (guardian.number, [guardian.process, guardian.pipe])
         case nil: throw unknown("")
         }
       } catch {
@@ -243,13 +252,13 @@ final class Spawner {
     _exit(0)
   }
 
-  private static func copy(_ fd: borrowing OwnedFD) throws(SupervisionError) -> FDBox {
+  static func copy(_ fd: borrowing OwnedFD) throws(SupervisionError) -> FDBox {
     do { return FDBox(try fd.duplicate()) } catch { throw .system(error) }
   }
 
   private static func unknown(_ id: String) -> SupervisionError { .launch("The spawner knows no '\(id)' that it could serve") }
 
-  private static func reply(_ socket: borrowing OwnedFD, _ outcome: Outcome, _ number: Int32, _ descriptors: [CInt], _ text: String) {
+  static func reply(_ socket: borrowing OwnedFD, _ outcome: Outcome, _ number: Int32, _ descriptors: [CInt], _ text: String) {
     let bytes = UInt32(bitPattern: number)
     let packet = [outcome.rawValue] + (0..<4).map { UInt8(truncatingIfNeeded: bytes >> (8 * UInt32($0))) } + text.utf8.prefix(2048)
     _ = UnixSocket.send(socket, packet, descriptors: descriptors)

@@ -48,6 +48,7 @@ extension Supervisor {
       return refuse(client, "An order that names files or programs is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
     case .upgrade: return refuse(client, "An upgrade is a replacement of one device after the other; martlet ctl asks for each")
     case .remove: return removeDevice(arguments, for: client)
+    case .upgradeSupervisor: return beginUpgrade(arguments, for: client)
     case .devices:
       guard phase == .running else { return tellDevices(client) }
       message = .look
@@ -122,7 +123,7 @@ extension Supervisor {
       .init("state", .string(information?.state.name ?? (phase == .starting ? "starting" : "ending"))),
       .init("cpus", .unsigned(UInt64(configuration.cpuCount))), .init("memory", .unsigned(configuration.memorySize)),
       .init("kernel", .string(configuration.kernel)), .init("supervisor", .unsigned(UInt64(getpid()))),
-      .init("sandbox", .string(walls.mode.rawValue)),
+      .init("upgrades", .unsigned(UInt64(upgrade.count))), .init("sandbox", .string(walls.mode.rawValue)),
       .init("namespaces", .array(walls.namespaces.names.map { .string($0) })),
       .init("cgroup", groups.map { .string($0.directory) } ?? .null),
       .init(

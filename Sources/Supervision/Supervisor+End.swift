@@ -52,6 +52,7 @@ extension Supervisor {
       if let time = nextHotPlugStep() { consider(time) }
       if let time = replacement?.deadline { consider(time) }
       for care in cares.values { if let time = care.nextStep(ready: configuration.deadlines.ready) { consider(time) } }
+      if upgrade.asker != nil { consider(.now.advanced(by: UpgradeWork.interval)) }
     case .ended: break
     }
     return nearest
@@ -100,6 +101,7 @@ extension Supervisor {
       restartDue(now)
       hotPlugDue(now)
       replacementDue(now)
+      goOnUpgrading(now)
     default: break
     }
   }

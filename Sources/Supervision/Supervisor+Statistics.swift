@@ -7,7 +7,7 @@ import HostSystem
 final class StatisticsMemory {
   let file: FDBox
   private let mapping: MemoryMapping
-  private let queueCount: Int
+  let queueCount: Int
 
   convenience init(queueCount: Int) throws(SystemError) {
     let count = max(queueCount, 8)

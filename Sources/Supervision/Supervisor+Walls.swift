@@ -15,13 +15,18 @@ extension Supervisor {
   /// that died are started again by the spawner.
   func raiseWalls() throws(SupervisionError) {
     guard walls.mode != .off else { return }
+    let rules = SystemCallList.supervisor.rules
+    upgrade.rules = rules.map { SystemCallRule(number: $0.number, conditions: $0.conditions, reason: "in force", failure: $0.failure) }
+    upgrade.cookie = .random(in: 1 ... .max)
+    let installed = upgrade.installed
     spawner = try attempt { () throws(SystemError) in
       try Spawner.fork(self)
     } or: {
       .system($0)
     }
     if let spawner { try watch(spawner.endNumber, .spawnerEnd) }
-    programs = nil
+    // The spawner has it now, and nobody else.
+    upgrade.cookie = 0
     guardian.seal()
     let identity = identities.next()
     var confinement = csandbox_confinement(
@@ -39,8 +44,14 @@ extension Supervisor {
         "Cannot \(stage == .fork ? "make namespaces" : stage.action) of martlet-supervisor: \(Errno(error).explanation)\(stage.remedy)")
     }
     do {
-      try ProcessWalls.closeFiles(walls.mode, keepsSignals: true)
-      try ProcessWalls.closeCalls([.supervisor], walls.mode)
+      let directory: CInt =
+        switch programs {
+        case .some(let programs): programs.number
+        case .none: -1
+        }
+      try ProcessWalls.closeFiles(walls.mode, keepsSignals: true, programs: directory)
+      programs = nil
+      try ProcessWalls.closeCalls(installed, walls.mode)
     } catch { throw failed(error) }
   }
 }

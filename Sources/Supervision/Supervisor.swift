@@ -116,6 +116,9 @@ package final class Supervisor {
   var outcome: ExitCode?
   var failure: SupervisionError?
 
+  /// An upgrade under way, and what the next one needs.
+  var upgrade = UpgradeWork()
+
   var control: ControlServer?
   var journal = EventJournal()
   /// What was said to and by the latest back end that each device has lost.
@@ -149,10 +152,30 @@ package final class Supervisor {
     userID = geteuid()
   }
 
+  /// In a program that takes over. Signals are blocked already.
+  init(
+    _ configuration: VMConfiguration, userID: UInt32, identities: Identities, walls: consuming Walls, signals: consuming OwnedFD,
+    guardian: TerminalGuard, groupsLack: String?
+  ) throws(SupervisionError) {
+    self.configuration = configuration
+    groups = nil
+    self.groupsLack = groupsLack
+    self.userID = userID
+    self.identities = identities
+    self.walls = walls
+    loop = try attempt { () throws(SystemError) in
+      try EventLoop<Token>()
+    } or: {
+      .system($0)
+    }
+    self.signals = signals
+    self.guardian = guardian
+  }
+
   /// Runs the VM to its end, cleans up, and gives the exit code.
   package func run() -> ExitCode {
     do throws(SupervisionError) {
-      try start()
+      if phase == .starting { try start() }
       while phase != .ended {
         let events = try attempt { () throws(SystemError) in
           try loop.wait(timeout: nextDeadline().map { $0.since(.now) })

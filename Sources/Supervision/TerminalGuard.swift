@@ -10,16 +10,16 @@ final class TerminalGuard {
   private var settings = termios()
   /// Descriptor of the terminal whose settings were saved, or -1.
   private let terminal: CInt
-  private var files: [(path: String, status: FileStatus)] = []
+  private(set) var files: [(path: String, status: FileStatus)] = []
   /// Sockets of devices that were added while the VM runs, by device: the guardian takes no file any more, the spawner
   /// unlinks them.
   private var added: [(id: String, path: String, status: FileStatus)] = []
   private var guardian: ProcessHandle?
-  private var hasGuardian = false
+  private(set) var hasGuardian = false
   private var pipe: OwnedFD?
   private let title: String
   /// Descriptors whose description we share with the shell and made non-blocking.
-  private var madeNonBlocking: [CInt] = []
+  private(set) var madeNonBlocking: [CInt] = []
 
   private let walls: WallMode
   /// The control groups of the VM, which go at the end.
@@ -38,6 +38,68 @@ final class TerminalGuard {
     let isTerminal = unsafe tcgetattr(0, &settings) == 0
     terminal = usesTerminal && isTerminal ? 0 : -1
     if terminal >= 0 || groups != nil { try startGuardian() }
+  }
+
+  /// After an upgrade, in the supervisor: the guardian lives.
+  init(title: String, walls: WallMode, _ state: SupervisorState) throws(SupervisionError) {
+    groups = nil
+    self.title = title
+    self.walls = walls
+    terminal = -1
+    madeNonBlocking = state.madeNonBlocking
+    guard let known = state.guardian else { return }
+    hasGuardian = true
+    guardian = ProcessHandle(processID: known.processID, adopting: try UpgradedProgram.adopt(known.pidfd))
+    pipe = try UpgradedProgram.adopt(known.pipe)
+  }
+
+  /// After an upgrade, in the spawner: what a guardian is told.
+  init(title: String, walls: WallMode, _ state: SpawnerState) {
+    groups = nil
+    self.title = title
+    self.walls = walls
+    terminal = state.isOnTerminal ? 0 : -1
+    hasGuardian = state.hasGuardian
+    files = state.files.map { ($0.path, FileStatus(device: $0.device, inode: $0.inode)) }
+    _ = signal(SIGTTOU, SIG_IGN)
+    // SAFETY: the state was read with exactly so many bytes, and any bytes are settings.
+    unsafe withUnsafeMutableBytes(of: &settings) { unsafe $0.copyBytes(from: state.settings) }
+  }
+
+  /// The terminal's settings of before.
+  var settingBytes: [UInt8] { unsafe withUnsafeBytes(of: settings) { unsafe Array($0) } }
+
+  /// The guardian that lives, for a state.
+  var living: SupervisorState.Guardian? {
+    switch guardian {
+    case .some(let process):
+      switch pipe {
+      case .some(let pipe):
+        return .init(processID: process.processID, pidfd: process.fd.rawValue, pipe: pipe.rawValue)
+      case .none: return nil
+      }
+    case .none: return nil
+    }
+  }
+
+  /// A new guardian stands beside the old one, which goes without having done anything: killed before its pipe ends.
+  func replace(by process: consuming ProcessHandle, _ newPipe: consuming OwnedFD) {
+    if case .some(let old) = guardian.take() {
+      old.signal(SIGKILL)
+      _ = old.waitForEnd()
+    }
+    guardian = consume process
+    pipe = consume newPipe
+  }
+
+  /// A guardian for the supervisor, which is not us: told of everything, and of no more.
+  func startForParent() throws(SupervisionError) -> (number: Int32, process: FDBox, pipe: FDBox) {
+    let started = try launchGuardian(asSibling: true)
+    pipe = started.pipe.take()
+    for file in files { tell(device: file.status.device, inode: file.status.inode, path: file.path) }
+    seal()
+    if case .some(let end) = pipe.take() { return (started.number, started.process, FDBox(end)) }
+    preconditionFailure("The pipe that was just put there")
   }
 
   var isOnTerminal: Bool { terminal >= 0 }
@@ -98,6 +160,13 @@ final class TerminalGuard {
   func seal() { tell(device: 0, inode: 0, path: "") }
 
   private func startGuardian() throws(SupervisionError) {
+    let started = try launchGuardian(asSibling: false)
+    hasGuardian = true
+    if let process = started.process.take() { guardian = ProcessHandle(processID: started.number, adopting: process) }
+    pipe = started.pipe.take()
+  }
+
+  private func launchGuardian(asSibling: Bool) throws(SupervisionError) -> (number: Int32, process: FDBox, pipe: FDBox) {
     var pidfd: CInt = -1
     var end: CInt = -1
     let filter = ProcessWalls.filter(groups == nil ? [.guardian] : [.guardian, .guardianGroups], walls)
@@ -109,7 +178,8 @@ final class TerminalGuard {
         unsafe (filter?.instructions ?? []).withUnsafeBytes { program in
           var guardian = unsafe csandbox_guardian(
             title: name.baseAddress, terminal: terminal, settings: settings, filter: filter == nil ? nil : program.baseAddress,
-            filter_length: UInt16(filter?.instructions.count ?? 0), groups: nil, drops_privileges: walls == .off ? 0 : 1)
+            filter_length: UInt16(filter?.instructions.count ?? 0), groups: nil, drops_privileges: walls == .off ? 0 : 1,
+            is_sibling: asSibling ? 1 : 0)
           guard let groups else { return unsafe csandbox_start_guardian(&guardian, &pidfd, &end) }
           return unsafe groups.withGuarded { groups in
             unsafe guardian.groups = groups
@@ -119,9 +189,7 @@ final class TerminalGuard {
       }
     }
     guard pid > 0 else { throw .system(SystemError("start the guardian process", Errno(-pid))) }
-    hasGuardian = true
-    guardian = ProcessHandle(processID: pid, adopting: OwnedFD(owning: pidfd))
-    pipe = OwnedFD(owning: end)
+    return (pid, FDBox(OwnedFD(owning: pidfd)), FDBox(OwnedFD(owning: end)))
   }
 
   /// What a hung file system may cost us.

@@ -46,6 +46,41 @@ final class VMProcess {
     self.startTime = startTime
   }
 
+  /// One that was there before an upgrade.
+  init(_ known: SupervisorState.Process) throws(SupervisionError) {
+    id = known.id
+    program = known.program
+    identity = known.identity
+    isOnTerminal = known.isOnTerminal
+    processID = known.processID
+    process = ProcessHandle(processID: known.processID, adopting: try UpgradedProgram.adopt(known.pidfd))
+    report = nil
+    readyPipe = nil
+    startTime = known.startTime
+    readyTime = known.readyTime
+    hasExecuted = true
+    state = known.end.map { .ended($0) } ?? .ready
+    if let places = known.jailPlaces {
+      let walls = JailWalls()
+      walls.places = places.map { .init(kind: 0, rights: 0, path: $0, size: 0) }
+      jail = walls
+    } else {
+      jail = nil
+    }
+  }
+
+  /// The same, to be handed on.
+  var captured: SupervisorState.Process {
+    var end: ProcessEnd?
+    if case .ended(let how) = state { end = how }
+    return SupervisorState.Process(
+      id: id, program: program, processID: processID, pidfd: endNumber, identity: identity, isOnTerminal: isOnTerminal,
+      jailPlaces: jail?.places.map(\.path), end: end, startTime: startTime, readyTime: readyTime)
+  }
+
+  /// It is on its way, and knows descriptors that are no longer needed once it has come.
+  var isSettled: Bool { state != .starting && reportNumber == nil && readyNumber == nil }
+
   var isAlive: Bool { if case .ended = state { false } else { true } }
 
   var endNumber: CInt { process.fd.rawValue }

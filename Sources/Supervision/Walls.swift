@@ -31,6 +31,32 @@ struct Walls: ~Copyable {
     log = KernelLog()
   }
 
+  /// Those that stand already.
+  init(mode: WallMode, namespaces: Namespaces, log: consuming OwnedFD?) {
+    self.mode = mode
+    self.namespaces = namespaces
+    switch consume log {
+    case .some(let fd): self.log = KernelLog(adopting: fd)
+    case .none: self.log = nil
+    }
+  }
+
+  /// The kernel's log.
+  var logNumber: CInt? {
+    switch log {
+    case .some(let log): log.fd.rawValue
+    case .none: nil
+    }
+  }
+
+  /// The call that this process was killed for by its filter, where that can be known.
+  borrowing func callThatKilled(_ processID: Int32) -> String? {
+    switch log {
+    case .some(let log): log.callThatKilled(processID).map(SystemCall.name)
+    case .none: nil
+    }
+  }
+
   /// Without an option.
   static let standard = WallMode.on
 

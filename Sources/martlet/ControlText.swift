@@ -14,6 +14,9 @@ enum ControlText {
     case .stats: statistics(answer)
     case .resizeDisk: "the guest is told\n"
     case .conversation: answer["conversation"]?.string ?? ""
+    case .upgradeSupervisor:
+      answer["changed"]?.bool == true
+        ? "the supervisor has been upgraded\n" : "the installed supervisor could take over; nothing has changed\n"
     case .events: (answer["events"]?.array ?? []).map(event).joined()
     case .add: "\(answer["id"]?.string ?? "") is in slot \(number(answer["slot"]))\n" + (answer["text"]?.string.map { $0 + "\n" } ?? "")
     case .replace: replaced(answer)

@@ -71,6 +71,8 @@ struct ControlRequest {
         path = String(word.dropFirst("--control=".count))
       } else if word == "--follow", verb == nil || verb == .events, words.isEmpty {
         words.append(word)
+      } else if word == "--dry-run", verb == nil || verb == .upgradeSupervisor, words.isEmpty {
+        words.append(word)
       } else if word.hasPrefix("--") {
         let name = String(word.dropFirst(2))
         let known = ["control", "json"] + (verb == .remove ? ["force", "timeout"] : [])
@@ -94,12 +96,14 @@ struct ControlRequest {
     }
     guard let verb else { throw .missingRequest(known: names) }
     if verb != .events, words.first == "--follow" { throw .unknownOption("follow", nearest: nil) }
+    if verb != .upgradeSupervisor, words.first == "--dry-run" { throw .unknownOption("dry-run", nearest: nil) }
     guard words.count >= verb.neededArguments else {
       throw .missingOption(verb.arguments[words.count], example: "martlet ctl --control \(path) \(verb.usage)")
     }
     self.path = path
     self.verb = verb
     // What follows is started, or asked of the guest.
+    if verb == .upgradeSupervisor { patience = .seconds(60) }
     if verb == .add || (verb == .remove && patience == .seconds(10)) { patience = .seconds(30) }
     if verb == .replace {
       let order = try ReplaceOrder(words: words).absolute(from: Self.directory, find: Self.find)

@@ -17,12 +17,48 @@ let title = value("title") ?? ""
 let parts = title.split(separator: "/")
 let behaviour = parts.count == 3 ? String(parts[1]) : ""
 let program = arguments.first ?? ""
+if program == "martlet-supervisor" { playSuccessor() }
 try ProcessWalls.raise(title: title)
 
 if program == "martlet-core" {
   try FakeCore(behaviour).run()
 } else {
   try runDevice()
+}
+
+/// A new supervisor program that is asked whether it can take a VM over; the VM's name, which is in the state, says how it behaves.
+/// Behind the supervisor's filter: it may do little.
+func playSuccessor() -> Never {
+  // It says yes, and its spawner does not come up.
+  if !arguments.contains("--martlet-upgrade=examine") { _exit(0) }
+  var state = [UInt8](repeating: 0, count: 1 << 16)
+  // SAFETY: the buffer is lent for the call.
+  let count = unsafe state.withUnsafeMutableBytes { unsafe read(3, $0.baseAddress, $0.count) }
+  let text = String(decoding: state, as: UTF8.self)
+  func answer(_ words: String) {
+    let bytes = Array(words.utf8)
+    // SAFETY: the array is lent for the call.
+    _ = unsafe bytes.withUnsafeBytes { unsafe write(1, $0.baseAddress, $0.count) }
+  }
+  if text.contains("up-crash"), let nowhere = unsafe UnsafeMutablePointer<Int>(bitPattern: 8) { unsafe nowhere.pointee = 1 }
+  if text.contains("up-call") { _ = getppid() }
+  if text.contains("up-hang") { while true { _ = poll(nil, 0, 60_000) } }
+  if text.contains("up-refuse") {
+    answer("It reads states of version 9, and this VM's supervisor writes version 1\n")
+    _exit(1)
+  }
+  if text.contains("up-tell") {
+    let digits = Array("0123456789abcdef")
+    var words = "STATE "
+    for byte in state[..<max(count, 0)] {
+      words.append(digits[Int(byte >> 4)])
+      words.append(digits[Int(byte & 15)])
+    }
+    answer(words + " END\n")
+    _exit(1)
+  }
+  if text.contains("up-half") { answer("state accepted\n") }
+  _exit(0)
 }
 
 func die(_ signal: Int32) -> Never {

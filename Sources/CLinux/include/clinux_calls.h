@@ -75,6 +75,10 @@ int clinux_peer_credentials(int socket, int *pid, unsigned *uid, unsigned *gid);
 int clinux_unix_bind(int socket, const char *path);
 int clinux_unix_connect(int socket, const char *path);
 
+// execveat(AT_EMPTY_PATH): becomes the program behind `fd`. `number` is a sixth argument, which the kernel ignores and a
+// filter can ask for. -errno when it fails.
+int clinux_become(int fd, char *const *arguments, char *const *environment, uint64_t number);
+
 const char *clinux_errno_name(int error);
 
 #endif

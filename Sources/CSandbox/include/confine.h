@@ -11,14 +11,14 @@ struct csandbox_confinement {
   int change_identity;
   uint32_t uid;
   uint32_t gid;
-  // Bits 1 << CAP_...: kept, permitted and effective; nothing else is, in any set.
+  // Bits 1 << CAP_...: kept in all sets, ambient included, so that they outlive exec; nothing else is, in any set.
   uint64_t capabilities;
   // RLIMIT_NOFILE, soft and hard.
   uint64_t file_limit;
 };
 
 // For a process with one thread. 0, or errno; *step is then the step (enum csandbox_step) that failed. Afterwards: an empty
-// read-only root, no process can be started (RLIMIT_NPROC 0), no_new_privs, not dumpable.
+// read-only root, no process can be started (RLIMIT_NPROC 1: with 0 there is no exec after a change of ids), no_new_privs, not dumpable.
 int csandbox_confine(const struct csandbox_confinement *confinement, int *step);
 
 // fork(2) for a process with one thread, to do later what the parent will not be allowed to. In the child: title, signals

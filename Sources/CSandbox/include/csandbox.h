@@ -53,6 +53,13 @@ struct csandbox_launch {
   int group;
   // For somebody else's program: what it sees and keeps, and its filter. NULL: nothing, and an empty root.
   const struct csandbox_jail *jail;
+  // Without a jail: struct sock_filter, installed before exec, and the sixth argument of execveat that it wants; NULL: none.
+  const void *filter;
+  unsigned short filter_length;
+  uint64_t cookie;
+  // One that stands where the caller stands: descriptors are arranged and the parent-death signal is set; identity, rights,
+  // root, directory, limits and environment stay the caller's.
+  int is_helper;
 };
 
 // What the child writes to the report pipe when a step fails. Nothing is written when exec succeeds: the pipe just ends.

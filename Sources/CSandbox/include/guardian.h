@@ -25,6 +25,8 @@ struct csandbox_guardian {
   const struct csandbox_guarded_groups *groups;
   // Gives up all capabilities but those it needs to unlink.
   int drops_privileges;
+  // Its parent is the caller's parent.
+  int is_sibling;
 };
 
 // The control groups it takes away. The descriptors are of directories and files that were opened for it; -1: there is none.

@@ -1,0 +1,108 @@
+import ControlProtocol
+import HostSystem
+import Sandbox
+
+/// What states consist of, beyond the fields of control messages.
+extension WireWriter {
+  mutating func optional<Value>(_ value: Value?, _ write: (inout WireWriter, Value) -> Void) {
+    flag(value != nil)
+    if let value { write(&self, value) }
+  }
+
+  mutating func time(_ value: MonotonicTime) { number(value.nanoseconds) }
+
+  mutating func identity(_ value: ChildIdentity) {
+    number(value.uid)
+    number(value.gid)
+  }
+
+  mutating func texts(_ values: [String]) { list(values) { $0.text($1) } }
+
+  /// A packet of the control channel, or other bytes, whole.
+  mutating func packet(_ bytes: [UInt8]) { list(bytes) { $0.number($1) } }
+
+  mutating func rules(_ rules: [SystemCallRule]) {
+    list(rules) { writer, rule in
+      writer.number(rule.number)
+      writer.number(rule.failure ?? 0)
+      writer.list(rule.conditions) { writer, condition in
+        writer.number(UInt8(condition.argument))
+        switch condition.test {
+        case .ownProcess: writer.number(UInt8(0))
+        case .masked(let mask, let value):
+          writer.number(UInt8(1))
+          writer.number(mask)
+          writer.number(value)
+        case .anyOf(let values):
+          writer.number(UInt8(2))
+          writer.list(values) { $0.number($1) }
+        }
+      }
+    }
+  }
+}
+
+extension WireReader {
+  mutating func optional<Value>(
+    _ name: MessageError.StaticName, _ read: (inout WireReader) throws(MessageError) -> Value
+  ) throws(MessageError) -> Value? {
+    try flag(name) ? try read(&self) : nil
+  }
+
+  mutating func time() throws(MessageError) -> MonotonicTime { MonotonicTime(nanoseconds: try number()) }
+
+  mutating func identity() throws(MessageError) -> ChildIdentity { ChildIdentity(uid: try number(), gid: try number()) }
+
+  mutating func texts(_ name: MessageError.StaticName, limit: Int) throws(MessageError) -> [String] {
+    try list(name, limit: limit) { reader throws(MessageError) in try reader.text(name) }
+  }
+
+  mutating func packet(_ name: MessageError.StaticName, limit: Int = Wire.maximumLength) throws(MessageError) -> [UInt8] {
+    try list(name, limit: limit) { reader throws(MessageError) in try reader.number(UInt8.self) }
+  }
+
+  /// The number of a descriptor that was handed on: none of the first three.
+  mutating func descriptor(_ name: MessageError.StaticName) throws(MessageError) -> CInt {
+    let number = try number(UInt32.self)
+    guard (3..<4096).contains(number) else { throw .badField(name) }
+    return CInt(number)
+  }
+
+  /// A process id.
+  mutating func processID(_ name: MessageError.StaticName) throws(MessageError) -> Int32 {
+    guard let number = Int32(exactly: try number(UInt32.self)), number > 0 else { throw .badField(name) }
+    return number
+  }
+
+  mutating func rules(_ name: MessageError.StaticName) throws(MessageError) -> [SystemCallRule] {
+    try list(name, limit: 256) { reader throws(MessageError) in
+      let number = try reader.number(UInt32.self)
+      let failure = try reader.number(UInt16.self)
+      let conditions = try reader.list(name, limit: 6) { reader throws(MessageError) -> SystemCallRule.Condition in
+        let argument = Int(try reader.number(UInt8.self))
+        guard argument < 6 else { throw .badField(name) }
+        switch try reader.number(UInt8.self) {
+        case 0: return SystemCallRule.Condition(argument: argument, test: .ownProcess)
+        case 1: return SystemCallRule.Condition(argument: argument, test: .masked(try reader.number(), equals: try reader.number()))
+        case 2:
+          let values = try reader.list(name, limit: 256) { reader throws(MessageError) in try reader.number(UInt64.self) }
+          return SystemCallRule.Condition(argument: argument, test: .anyOf(values))
+        default: throw .badField(name)
+        }
+      }
+      return SystemCallRule(number: number, conditions: conditions, reason: "in force", failure: failure == 0 ? nil : failure)
+    }
+  }
+}
+
+extension SystemCallRule {
+  /// Whether a process behind `rules` may do what `needed` allows: the same rule stands there, or one without conditions.
+  static func covers(_ rules: [SystemCallRule], _ needed: SystemCallRule) -> Bool {
+    rules.contains { rule in
+      guard rule.number == needed.number else { return false }
+      // A call that is answered with an error must not kill; it may also be carried out.
+      if needed.failure != nil { return rule.failure != nil || rule.conditions.isEmpty }
+      return rule.failure == nil && (rule.conditions.isEmpty || rule.conditions == needed.conditions)
+    }
+  }
+}

@@ -1,0 +1,103 @@
+// The supervisor becomes another program under a guest that checks every byte.
+
+import Foundation
+import TestSupport
+import Testing
+
+@Suite(
+  "Upgrade of the supervisor under a running guest", .serialized,
+  .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs."))
+struct UpgradeTests {
+  @Test("Ten upgrades under verified writes, each followed by the death of the disk's process")
+  func underLoad() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=write depth=16 n=400000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    let before = home.processes
+    let supervisor = try #require(before["supervisor"])
+    func descriptors() -> Int { (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(supervisor)/fd").count) ?? 0 }
+    usleep(300_000)
+    let count = descriptors()
+    var upgrades = 0
+    for _ in 0..<10 where vm.isRunning {
+      let answer = try home.ctl("upgrade-supervisor")
+      #expect(answer.code == 0, "\(answer.output) \(vm.errorText.suffix(500))")
+      upgrades += 1
+      if let pid = home.processes["blk0"] { kill(pid, SIGKILL) }
+      while vm.isRunning, vm.errorText.components(separatedBy: "served again").count <= upgrades { usleep(2000) }
+    }
+    #expect(upgrades == 10, "the guest's work was over too soon")
+    let after = home.processes
+    #expect(after["supervisor"] == supervisor && after["core"] == before["core"])
+    #expect(after.count == before.count, "\(after)")
+    for _ in 0..<200 where descriptors() != count { usleep(10_000) }
+    #expect(descriptors() == count)
+    #expect(vm.wait(seconds: 120).code == 0, "\(vm.errorText.suffix(1000))")
+    let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
+    #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
+    home.expectNothingLeft()
+  }
+
+  @Test("Device processes and supervisor in turn: whoever is replaced by the same program can be handed on")
+  func inTurn() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=write depth=16 n=400000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--serial", "file=serial.log", "--rng", "on",
+    ])
+    try home.waitUntilRunning()
+    var deaths = 0
+    for round in 0..<3 where vm.isRunning {
+      let before = home.processes
+      for verb in ["upgrade-supervisor", "upgrade", "upgrade-supervisor"] {
+        let answer = try home.ctl(verb)
+        #expect(answer.code == 0, "\(round) \(verb): \(answer.output) \(vm.errorText.suffix(500))")
+      }
+      let after = home.processes
+      for id in ["blk0", "rng0", "con0"] { #expect(before[id] != nil && after[id] != nil && before[id] != after[id], "\(id)") }
+      #expect(before["core"] == after["core"] && before["supervisor"] == after["supervisor"])
+      if let pid = home.processes["blk0"] { kill(pid, SIGKILL) }
+      deaths += 1
+      while vm.isRunning, vm.errorText.components(separatedBy: "served again").count <= deaths { usleep(2000) }
+    }
+    #expect(deaths == 3, "the guest's work was over too soon")
+    #expect(vm.wait(seconds: 120).code == 0, "\(vm.errorText.suffix(1000))")
+    let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
+    #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
+    home.expectNothingLeft()
+  }
+
+  @Test("At a terminal: the size, the escape key and the terminal's settings are looked after as before")
+  func atATerminal() throws {
+    let vm = try MicroVM()
+    let script = """
+      import fcntl, os, pty, signal, struct, subprocess, sys, termios
+      master, slave = pty.openpty()
+      before = termios.tcgetattr(slave)
+      vm = subprocess.Popen(sys.argv[2:], stdin=slave, stdout=slave)
+      seen = b""
+      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
+      assert termios.tcgetattr(slave) != before, "the terminal is not raw"
+      for _ in range(2): subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "upgrade-supervisor"], check=True)
+      os.write(master, b"abc")
+      while b"abc" not in seen: seen += os.read(master, 4096)
+      if sys.argv[1] == "key": os.write(master, b"\\x01x")
+      else: os.kill(vm.pid, signal.SIGKILL)
+      code = vm.wait(30)
+      for _ in range(200):
+          if termios.tcgetattr(slave) == before: break
+          import time; time.sleep(0.01)
+      assert termios.tcgetattr(slave) == before, "the terminal is not put right"
+      sys.exit(0 if code == (0 if sys.argv[1] == "key" else -9) else 1)
+      """
+    for end in ["key", "kill"] {
+      let words = try vm.command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"])
+      let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, end] + words, directory: vm.directory).wait(seconds: 60)
+      #expect(result.code == 0, "\(end): \(result.errors)")
+      vm.expectNothingLeft()
+    }
+  }
+}

@@ -1,0 +1,268 @@
+import ControlProtocol
+import Foundation
+import Glibc
+import HostSystem
+import Sandbox
+import TestSupport
+import Testing
+
+/// `martlet ctl upgrade-supervisor`, with a core and devices of straw.
+@Suite(.enabled(if: Installation.canRun, "These tests open /dev/kvm and need the built programs."))
+struct UpgradeTests {
+  private func start(_ home: Installation, _ arguments: [String] = []) throws -> RunningProgram {
+    let vm = try home.start(["--disk", "path=disk.img,restart-limit=1000", "--control", "ctl", "--console", "socket=con"] + arguments)
+    try home.waitUntilRunning()
+    return vm
+  }
+
+  private func processes(_ home: Installation) -> [String: Int32] {
+    Dictionary(home.processes.map { ($0.title.split(separator: "/").last.map(String.init) ?? "", $0.pid) }) { $1 }
+  }
+
+  private func descriptors(_ pid: Int32) -> Int {
+    (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/fd").count) ?? 0
+  }
+
+  /// When no connection is on its way out any more.
+  private func settledDescriptors(_ pid: Int32) -> Int {
+    var count = descriptors(pid)
+    for _ in 0..<50 {
+      usleep(50_000)
+      let now = descriptors(pid)
+      if now == count { break }
+      count = now
+    }
+    return count
+  }
+
+  private func member(_ home: Installation, _ name: String) throws -> UInt64? {
+    try JSONValue(parsing: try home.ctl("info", "--json").output)[name]?.unsigned
+  }
+
+  /// Another program takes the supervisor's place, as a package manager would do it.
+  private func install(_ program: String, _ home: Installation) throws {
+    let copy = try home.shell("cp '\(program)' new && chmod 755 new && mv new martlet-supervisor")
+    try #require(copy.code == 0, "\(copy.errors)")
+  }
+
+  @Test func tenUpgradesKeepTheVMAndItsCare() throws {
+    let home = try Installation()
+    let vm = try start(home)
+    let before = processes(home)
+    let supervisor = try #require(before["supervisor"])
+    let count = settledDescriptors(supervisor)
+    var guardians: Set<Int32> = []
+    var spawners: Set<Int32> = []
+    for round in 1...10 {
+      try install(BuiltPrograms.path("martlet-supervisor"), home)
+      let answer = try home.ctl("upgrade-supervisor", "--json")
+      #expect(answer.code == 0, "\(answer.errors) \(vm.errorText)")
+      #expect(try member(home, "upgrades") == UInt64(round))
+      let now = processes(home)
+      #expect(now["supervisor"] == supervisor)
+      #expect(now["core"] == before["core"])
+      guardians.insert(try #require(now["guardian"]))
+      spawners.insert(try #require(now["spawner"]))
+      let victim = try #require(now["blk0"])
+      kill(victim, SIGKILL)
+      home.waitUntil("the disk's next process") { vm.errorText.components(separatedBy: "Device blk0 is served again").count > round }
+      #expect(try home.ctl("pause").code == 0)
+      #expect(try home.ctl("resume").code == 0)
+      #expect(try home.ctl("stats", "blk0").code == 0)
+      // One control connection may still be on its way out.
+      home.waitUntil("as many descriptors as before: \(descriptors(supervisor)), not \(count)") { descriptors(supervisor) == count }
+      #expect(processes(home).count == before.count, "\(processes(home))")
+    }
+    #expect(guardians.count == 10 && spawners.count == 10)
+    #expect(home.status(supervisor, "Seccomp_filters") == "1")
+    let owned = geteuid() == 0
+    if owned { #expect(home.status(supervisor, "CapPrm") == "0000000000000020") }
+    let devices = try home.ctl("devices", "--json").output
+    #expect(devices.contains("\"restarts\":10"), "\(devices)")
+    // F_OFD_SETLK of the byte by which a VM owns its image.
+    let lock = "import fcntl, struct; fcntl.fcntl(open('disk.img', 'r+'), 37, struct.pack('hhqqi', fcntl.F_WRLCK, 0, 1 << 62, 0, 0))"
+    let other = try home.shell("python3 -c \"\(lock)\"")
+    #expect(other.code != 0 && other.errors.contains("Resource temporarily unavailable"), "\(other.errors)")
+    #expect(try home.ctl("events", "--json").output.contains("\"upgraded\""))
+    #expect(try home.ctl("shutdown").code == 0)
+    #expect(vm.wait().code == 0, "\(vm.errorText)")
+    home.expectNothingLeft()
+  }
+
+  @Test func whoeverIsConnectedStaysConnected() throws {
+    let home = try Installation()
+    let vm = try start(home)
+    let script = """
+      import json, socket
+      def connect():
+          s = socket.socket(socket.AF_UNIX); s.connect("ctl"); s.settimeout(20); return s
+      idle, asker, half = connect(), connect(), connect()
+      half.sendall(b"inf")
+      follower = connect().makefile("rw")
+      follower.write("events --follow\\n"); follower.flush(); json.loads(follower.readline())
+      asker.sendall(b"upgrade-supervisor\\ninfo\\n")
+      lines = asker.makefile()
+      first = json.loads(lines.readline())
+      assert first["ok"] and first["changed"], first
+      assert json.loads(lines.readline())["state"] == "running"
+      idle.sendall(b"info\\n"); assert json.loads(idle.makefile().readline())["upgrades"] == 1
+      half.sendall(b"o\\n"); assert json.loads(half.makefile().readline())["ok"]
+      assert json.loads(follower.readline())["event"] == "upgraded"
+      """
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script], directory: home.directory).wait(seconds: 60)
+    #expect(result.code == 0, "\(result.errors)")
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  @Test(arguments: [
+    ("up-crash", "was killed by signal 11 before it said"), ("up-refuse", "It reads states of version 9"),
+    ("up-silent", "exited with code 0 before it said"), ("up-hang", "does not say within 700 ms"), ("up-call", "getppid"),
+    ("up-half", "its spawner ended before it was ready"),
+  ])
+  func aProgramThatCannotTakeOverChangesNothing(_ name: String, _ sentence: String) throws {
+    let home = try Installation()
+    let vm = try start(home, ["--name", name, "--deadline", "ready=\(name == "up-hang" ? 700 : 20000)"])
+    let before = processes(home)
+    let count = settledDescriptors(try #require(before["supervisor"]))
+    try install(BuiltPrograms.path("martlet-fake"), home)
+    let answer = try home.ctl("upgrade-supervisor")
+    #expect(answer.code == 1)
+    let canReadLog = geteuid() == 0
+    if name != "up-call" || canReadLog { #expect(answer.errors.contains(sentence), "\(answer.errors)") }
+    #expect(answer.errors.contains("Not upgraded, and nothing has changed"), "\(answer.errors)")
+    home.waitUntil("the processes of before: \(processes(home))") { processes(home) == before }
+    home.waitUntil("descriptors") { descriptors(before["supervisor"] ?? 0) == count }
+    #expect(try member(home, "upgrades") == 0)
+    // The old supervisor and its spawner work as ever, and a good program can still take over.
+    kill(try #require(before["blk0"]), SIGKILL)
+    home.waitUntil("the disk's next process") { vm.errorText.contains("Device blk0 is served again") }
+    try install(BuiltPrograms.path("martlet-supervisor"), home)
+    let second = try home.ctl("upgrade-supervisor")
+    #expect(second.code == 0, "\(second.errors)")
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  @Test func noProgramAndATrialChangeNothing() throws {
+    let home = try Installation()
+    let vm = try start(home)
+    let before = processes(home)
+    #expect(try home.ctl("upgrade-supervisor", "--dry-run").code == 0)
+    #expect(processes(home) == before)
+    try install("kernel", home)
+    for arguments in [[], ["--dry-run"]] {
+      let answer = try RunningProgram(
+        home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"] + arguments, directory: home.directory
+      ).wait()
+      #expect(answer.code == 1 && answer.errors.contains("martlet-supervisor"), "\(answer.errors)")
+    }
+    _ = try home.shell("rm martlet-supervisor")
+    let gone = try home.ctl("upgrade-supervisor")
+    #expect(gone.code == 1 && gone.errors.contains("martlet-supervisor"), "\(gone.errors)")
+    #expect(try member(home, "upgrades") == 0)
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  /// Killed while the new program is asked, right after it has taken over, and at some moment in between.
+  @Test(arguments: ["asked", "after", "any"]) func killedSupervisorLeavesNothing(_ moment: String) throws {
+    for _ in 0..<(moment == "any" ? 5 : 1) {
+      let home = try Installation()
+      let vm = try start(home, ["--name", moment == "asked" ? "up-hang" : "up", "--deadline", "ready=20000"])
+      if moment == "asked" {
+        let before = processes(home).count
+        try install(BuiltPrograms.path("martlet-fake"), home)
+        let asker = try RunningProgram(
+          home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
+        home.waitUntil("the program that is asked") { processes(home)["martlet-supervisor"] != nil && processes(home).count > before }
+        vm.signal(SIGKILL)
+        #expect(asker.wait().code != 0)
+      } else {
+        let asker = try RunningProgram(
+          home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
+        if moment == "after" { #expect(asker.wait().code == 0) } else { usleep(.random(in: 0...40_000)) }
+        vm.signal(SIGKILL)
+        _ = asker.wait()
+      }
+      #expect(vm.wait().signal == SIGKILL)
+      home.expectNothingLeft()
+    }
+  }
+
+  @Test func whatCannotBeHandedOnIsRefused() throws {
+    for arguments in [["--flight-recorder", "."], []] {
+      let home = try Installation()
+      let vm = try start(home, arguments)
+      if arguments.isEmpty {
+        let added = try home.ctl("add", "rng", "id=more")
+        #expect(added.code == 0, "\(added.errors)")
+      }
+      let before = processes(home)
+      let answer = try home.ctl("upgrade-supervisor")
+      let words = arguments.isEmpty ? "have been changed by 'add', 'remove' or 'replace'" : "--flight-recorder"
+      #expect(answer.code == 1 && answer.errors.contains("nothing has changed") && answer.errors.contains(words), "\(answer.errors)")
+      #expect(processes(home) == before)
+      vm.signal(SIGTERM)
+      #expect(vm.wait().code == 143)
+      home.expectNothingLeft()
+    }
+  }
+
+  @Test func withoutASandboxThereIsNobodyToHelp() throws {
+    let home = try Installation()
+    let vm = try start(home, ["--sandbox", "off"])
+    let answer = try home.ctl("upgrade-supervisor")
+    #expect(answer.code == 1 && answer.errors.contains("--sandbox off"), "\(answer.errors)")
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    home.expectNothingLeft()
+  }
+
+  /// A state is somebody else's bytes: what the real program says to one of another version, a cut one, an altered one.
+  @Test func foreignStatesAreRefusedWithTheReason() throws {
+    let home = try Installation()
+    let vm = try start(home, ["--name", "up-tell"])
+    try install(BuiltPrograms.path("martlet-fake"), home)
+    let told = try home.ctl("upgrade-supervisor").errors
+    let state = try #require(told.firstMatch(of: #/STATE ([0-9a-f]+) END/#), "\(told)")
+    try String(state.1).write(toFile: home.directory + "/state", atomically: true, encoding: .utf8)
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143)
+    let script = """
+      import os, random, subprocess, sys
+      def ask(state):
+          fd = os.memfd_create("state"); os.write(fd, state); os.lseek(fd, 0, 0)
+          run = subprocess.run([sys.argv[1], "--martlet-upgrade=examine"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+              close_fds=False, preexec_fn=lambda: os.dup2(fd, 3, True))
+          os.close(fd)
+          assert run.returncode in (0, 1), (run.returncode, run.stderr)
+          assert run.stdout.endswith(b"\\n"), run.stdout
+          assert (run.stdout == b"state accepted\\n") == (run.returncode == 0), run.stdout
+          return run.stdout.decode()
+      state = bytes.fromhex(open("state").read())
+      def expect(words, changed):
+          answer = ask(changed)
+          assert words in answer, answer
+      expect("state accepted", state)
+      expect("writes version 9", state[:4] + b"\\x09" + state[5:])
+      expect("speaks version 9", state[:6] + b"\\x09" + state[7:])
+      expect("magic", b"X" + state[1:])
+      expect("1 bytes too many", state + b"\\0")
+      expect("the system call epoll_create1", state.replace(b"\\x23\\x01\\0\\0\\0\\0\\0\\0", b"\\x24\\x01\\0\\0\\0\\0\\0\\0"))
+      expect("does not understand this VM's command line", state.replace(b"--control", b"--cuntrol"))
+      for length in range(0, len(state), max(1, len(state) // 40)):
+          expect("The state is broken", state[:length])
+      chance = random.Random(1)
+      for _ in range(150):
+          place = chance.randrange(8, len(state))
+          ask(state[:place] + bytes([state[place] ^ (1 << chance.randrange(8))]) + state[place + 1:])
+      """
+    let program = BuiltPrograms.path("martlet-supervisor")
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, program], directory: home.directory).wait(seconds: 120)
+    #expect(result.code == 0, "\(result.errors)")
+  }
+}
