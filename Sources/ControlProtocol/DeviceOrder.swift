@@ -67,22 +67,8 @@ extension VMConfiguration {
       throw .conflict("'\(order.value)'", "the VM's devices", remedy: "name one device")
     }
     let isNamed = ListGrammar.parts(of: order.value)?.contains { $0.key == "id" } == true
-    result.changes.append(DeviceOrder(order.kind, isNamed ? order.value : "\(order.value),id=\(id)").line)
-    result.changedIDs.append(id)
+    result.changes.append(.init(id: id, step: .added(DeviceOrder(order.kind, isNamed ? order.value : "\(order.value),id=\(id)"))))
     return (result, id)
-  }
-
-  /// Brings it to where `changes` led another one.
-  package mutating func follow(_ changes: [String]) throws(ConfigurationError) {
-    for line in changes {
-      let words = line.split(separator: " ", maxSplits: 1).map(String.init)
-      guard words.count == 2 else { throw .unexpectedArgument(line) }
-      if words[0] == DeviceOrder.verb {
-        self = try adding(DeviceOrder(words: words[1])).configuration
-      } else {
-        self = removing(words[1])
-      }
-    }
   }
 
   /// The same VM without the device.
@@ -96,13 +82,9 @@ extension VMConfiguration {
     if result.entropy?.id == id { result.entropy = nil }
     result.limits[id] = nil
     if id == Reserved.console { result.console = .off }
-    if let place = changedIDs.firstIndex(of: id) {
-      result.changes.remove(at: place)
-      result.changedIDs.remove(at: place)
-    } else if deviceIDs.contains(id) {
-      result.changes.append("remove \(id)")
-      result.changedIDs.append("")
-    }
+    let hasBeenAdded = changes.contains { $0.id == id && $0.isAddition }
+    result.changes.removeAll { $0.id == id && $0.step != .removed }
+    if !hasBeenAdded, deviceIDs.contains(id) { result.changes.append(.init(id: id, step: .removed)) }
     return result
   }
 

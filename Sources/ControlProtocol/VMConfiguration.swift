@@ -216,10 +216,8 @@ package struct VMConfiguration: Equatable, Sendable {
   package var console: Terminal = .tty
   package var consoleDeath = DeathPolicy()
   package var consoles: [Console] = []
-  /// What has been added and removed since the command line, as lines: a supervisor that follows another one follows them.
-  package internal(set) var changes: [String] = []
-  /// The device that each of them added; empty for a removal.
-  var changedIDs: [String] = []
+  /// How the devices have come to differ from the command line.
+  package internal(set) var changes: [DeviceChange] = []
   package var serial: Terminal = .null
   /// Socket path for `martlet ctl`.
   package var control: String?

@@ -64,8 +64,7 @@ extension Supervisor {
     let id = order.id
     guard let old = cares[id] else { throw .launch("There is no device '\(id)'") }
     var configuration = configuration
-    let place = configuration.disks.firstIndex { $0.id == id }
-    var disk = place.map { configuration.disks[$0] }
+    var disk = configuration.disks.first { $0.id == id }
     if let keys = order.disk {
       guard let present = disk else {
         throw .launch("\(id) is no disk; only a disk's image can be changed, so leave out --path and --disk")
@@ -87,16 +86,16 @@ extension Supervisor {
       }
       let extra = extraArguments[id] ?? []
       return try planOwn(
-        id, program, Array(arguments.dropLast(extra.count)), extra, isOnTerminal, disk, place, configuration, old, opened)
+        id, program, Array(arguments.dropLast(extra.count)), extra, isOnTerminal, disk, configuration, old, opened)
     case .program(let words):
       if case .program(_, let arguments, let isOnTerminal) = old.kind {
         let known = Array(arguments.dropLast((extraArguments[id] ?? []).count))
-        return try planOwn(id, words[0], known, Array(words.dropFirst()), isOnTerminal, disk, place, configuration, old, opened)
+        return try planOwn(id, words[0], known, Array(words.dropFirst()), isOnTerminal, disk, configuration, old, opened)
       }
       guard disk != nil else {
         throw .launch("How \(words[0]) is given what \(id) needs is not known here; start it by hand (--socket), or in a jail (--jail)")
       }
-      return try planOwn(id, words[0], [], Array(words.dropFirst()), false, disk, place, configuration, old, opened)
+      return try planOwn(id, words[0], [], Array(words.dropFirst()), false, disk, configuration, old, opened)
     case .jailed(let words, let profile):
       var path = jailed?.path
       if case .image(let image, _)? = disk?.source { path = image } else if path == nil { path = old.image?.path }
@@ -106,13 +105,13 @@ extension Supervisor {
       let program = VMConfiguration.JailedProgram(words: words, profile: profile, path: path)
       let device = try JailedDevice(program, id: id, vm: configuration.name, host: opened == nil ? hostWalls() : nil)
       device.id = Self.candidateName(id)
-      configuration.set(.program(program), of: id)
+      configuration.serve(id, by: .program(program))
       return ReplacementPlan(
         care: DeviceCare(id, .jailed(device), old.policy, image: nil), configuration: configuration, extraArguments: [], resources: [])
     case .socket(let path):
       var socket = opened?.first
       if socket == nil { socket = try connect(candidate: path, id) }
-      configuration.set(.socket(path), of: id)
+      configuration.serve(id, by: .socket(path))
       return ReplacementPlan(
         care: DeviceCare(id, .external(path: path), old.policy, image: nil), configuration: configuration, extraArguments: [],
         resources: socket.map { [$0] } ?? [])
@@ -121,10 +120,10 @@ extension Supervisor {
 
   private func planOwn(
     _ id: String, _ program: String, _ known: [String], _ extra: [String], _ isOnTerminal: Bool, _ disk: VMConfiguration.Disk?,
-    _ place: Int?, _ configuration: VMConfiguration, _ old: DeviceCare, _ opened: [FDBox]?
+    _ configuration: VMConfiguration, _ old: DeviceCare, _ opened: [FDBox]?
   ) throws(SupervisionError) -> ReplacementPlan {
     var configuration = configuration
-    guard var disk, let place else {
+    guard var disk else {
       let care = DeviceCare(id, .program(program, arguments: known + extra, isOnTerminal: isOnTerminal), old.policy, image: nil)
       care.started(old.resources)
       return ReplacementPlan(care: care, configuration: configuration, extraArguments: extra, resources: old.resources)
@@ -136,7 +135,7 @@ extension Supervisor {
       disk.source = .image(path: path, readOnly: false)
     }
     guard case .image(let path, let readOnly) = disk.source else { throw .launch("\(id) has no image") }
-    configuration.disks[place] = disk
+    configuration.serve(disk)
     let image: FDBox
     var status: FileStatus?
     var arguments = DevicePlanner.arguments(disk, readOnly)
@@ -235,14 +234,4 @@ extension Supervisor {
 
 extension OwnedFD {
   fileprivate var fileStatus: FileStatus? { try? status() }
-}
-
-extension VMConfiguration {
-  /// Somebody else serves the device from now on.
-  fileprivate mutating func set(_ external: External, of id: String) {
-    for index in disks.indices where disks[index].id == id { disks[index].source = .external(external) }
-    for index in nets.indices where nets[index].id == id { nets[index].source = .external(external) }
-    for index in generics.indices where generics[index].id == id { generics[index].source = external }
-    for index in fileSystems.indices where fileSystems[index].id == id { fileSystems[index].source = external }
-  }
 }

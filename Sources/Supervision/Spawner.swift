@@ -48,7 +48,11 @@ final class Spawner {
     let pid = unsafe title.withUnsafeBufferPointer { title in
       unsafe kept.sorted().withUnsafeBufferPointer { unsafe csandbox_fork_helper(title.baseAddress, $0.baseAddress, CInt($0.count)) }
     }
-    if pid == 0 { serve(pair.second, null: null, supervisor) }
+    if pid == 0 {
+      supervisor.claims.abandon()
+      for care in supervisor.cares.values { care.abandonResources() }
+      serve(pair.second, null: null, supervisor)
+    }
     guard pid > 0 else { throw SystemError("fork the spawner", Errno(-pid)) }
     return Spawner(pair.first, try ProcessHandle(processID: pid))
   }
@@ -166,15 +170,16 @@ final class Spawner {
 
   /// Until the supervisor is gone; does not return.
   static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
-    supervisor.claims.abandon()
-    for care in supervisor.cares.values { care.abandonResources() }
     let upgrade = SpawnerUpgrade()
+    // Another one has everything that this one has, and does what is to be done at the end.
+    var isSucceeded = false
     while case (.some(let request), let received) = receive(socket) {
       var number: Int32 = 0
       var descriptors: [FDBox] = []
       var outcome = Outcome.done
       var text = ""
       let id = String(decoding: request.dropFirst(), as: UTF8.self)
+      isSucceeded = false
       do throws(SupervisionError) {
         switch request.first.flatMap(Order.init(rawValue:)) {
         case .start:
@@ -234,7 +239,9 @@ final class Spawner {
           supervisor.dropCandidate(id)
         case .prepare: descriptors = try upgrade.prepare(supervisor)
         case .examine: (number, descriptors) = try upgrade.examine(null: null.rawValue, supervisor)
-        case .renew: (number, descriptors, text) = try upgrade.renew(null: null.rawValue, supervisor)
+        case .renew:
+          (number, descriptors, text) = try upgrade.renew(null: null.rawValue, supervisor)
+          isSucceeded = descriptors.count > 1
         case .renewGuardian:
           let guardian = try supervisor.guardian.startForParent()
           (number, descriptors) = (guardian.number, [guardian.process, guardian.pipe])
@@ -248,7 +255,7 @@ final class Spawner {
       // Numbers keep nothing open.
       withExtendedLifetime((received, descriptors)) {}
     }
-    supervisor.guardian.tidyAdded()
+    if !isSucceeded { supervisor.guardian.tidyAdded() }
     _exit(0)
   }
 

@@ -65,7 +65,6 @@ extension Supervisor {
   /// Starts the device's process or hands its connection over; the answer follows.
   private func add(_ plan: DevicePlan, _ text: String, _ identity: ChildIdentity?, _ client: Int) {
     let id = plan.assignment.id
-    upgrade.devicesHaveChanged = true
     additions[id] = Addition(
       client: client, assignment: plan.assignment, text: text,
       deadline: .now.advanced(by: .milliseconds(configuration.deadlines.ready)))
@@ -224,7 +223,6 @@ extension Supervisor {
     let places = processIndices(of: id)
     guard places.allSatisfy({ !processes[$0].isAlive }), let departure = departures.removeValue(forKey: id) else { return }
     let wasThere = assignments.contains { $0.id == id }
-    upgrade.devicesHaveChanged = true
     assignments.removeAll { $0.id == id }
     forget(id)
     spawner?.forget(id)

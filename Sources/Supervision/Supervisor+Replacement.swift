@@ -162,9 +162,6 @@ extension Supervisor {
     replacement.gap = MonotonicTime.now.since(replacement.exchangeTime)
     replacement.isDone = true
     let old = cares[id]
-    // As it was, as far as anything is remembered.
-    let isSame = replacement.order.source == .same && replacement.order.disk == nil && !replacement.hasOtherImage
-    if !isSame { upgrade.devicesHaveChanged = true }
     replacement.care.restartCount = old?.restartCount ?? 0
     // The former one is nobody's any more.
     if replacement.hasOtherImage { claims.release(id) }

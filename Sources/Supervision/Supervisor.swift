@@ -155,10 +155,10 @@ package final class Supervisor {
   /// In a program that takes over. Signals are blocked already.
   init(
     _ configuration: VMConfiguration, userID: UInt32, identities: Identities, walls: consuming Walls, signals: consuming OwnedFD,
-    guardian: TerminalGuard, groupsLack: String?
+    guardian: TerminalGuard, groups: ControlGroups?, groupsLack: String?
   ) throws(SupervisionError) {
     self.configuration = configuration
-    groups = nil
+    self.groups = groups
     self.groupsLack = groupsLack
     self.userID = userID
     self.identities = identities

@@ -13,7 +13,7 @@ final class TerminalGuard {
   private(set) var files: [(path: String, status: FileStatus)] = []
   /// Sockets of devices that were added while the VM runs, by device: the guardian takes no file any more, the spawner
   /// unlinks them.
-  private var added: [(id: String, path: String, status: FileStatus)] = []
+  private(set) var added: [(id: String, path: String, status: FileStatus)] = []
   private var guardian: ProcessHandle?
   private(set) var hasGuardian = false
   private var pipe: OwnedFD?
@@ -54,13 +54,15 @@ final class TerminalGuard {
   }
 
   /// After an upgrade, in the spawner: what a guardian is told.
-  init(title: String, walls: WallMode, _ state: SpawnerState) {
-    groups = nil
+  init(title: String, walls: WallMode, _ state: SpawnerState, _ groups: ControlGroups?) {
+    self.groups = groups
     self.title = title
     self.walls = walls
     terminal = state.isOnTerminal ? 0 : -1
     hasGuardian = state.hasGuardian
     files = state.files.map { ($0.path, FileStatus(device: $0.device, inode: $0.inode)) }
+    added = state.added.map { ($0.id, $0.file.path, FileStatus(device: $0.file.device, inode: $0.file.inode)) }
+    if !added.isEmpty { csandbox_outlive() }
     _ = signal(SIGTTOU, SIG_IGN)
     // SAFETY: the state was read with exactly so many bytes, and any bytes are settings.
     unsafe withUnsafeMutableBytes(of: &settings) { unsafe $0.copyBytes(from: state.settings) }

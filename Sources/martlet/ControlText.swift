@@ -39,6 +39,11 @@ enum ControlText {
     return findings(answer) + "served by \(answer["program"]?.string ?? "") now, after \(microseconds(answer["gap_us"]))\n"
   }
 
+  static func upgraded(supervisor: JSONValue) -> String {
+    guard supervisor["upgraded"]?.bool == true else { return "the supervisor: left as it is; \(supervisor["text"]?.string ?? "")\n" }
+    return "the supervisor: upgraded\n"
+  }
+
   /// One device of an upgrade.
   static func upgraded(_ device: JSONValue) -> String {
     let id = device["id"]?.string ?? ""

@@ -136,7 +136,7 @@ struct ControlRequest {
     return unsafe String(cString: path)
   }
 
-  /// One device after the other; the first failure ends it, with everything as it was from there on.
+  /// One device after the other, then the supervisor; the first failure ends it, with everything as it was from there on.
   private func upgrade() throws(SystemError) -> JSONValue {
     func ask(_ words: String) throws(SystemError) -> JSONValue {
       let line = try LineSocket(path)
@@ -165,7 +165,21 @@ struct ControlRequest {
       reports.append(.record(["id": .string(id), "upgraded": .bool(true), "gap_us": answer["gap_us"] ?? .null]))
       if !isJSON { Output.standard.write(ControlText.upgraded(reports[reports.count - 1])) }
     }
-    return .record(["ok": .bool(true), "devices": .array(reports)])
+    // The supervisor comes last, so that what it does for the devices is done by one that knows them.
+    var supervisor = JSONValue.record(["upgraded": .bool(true)])
+    if try ask(ControlVerb.info.rawValue)["sandbox"]?.string == "off" {
+      supervisor = .record(["upgraded": .bool(false), "text": .string("with --sandbox off it has no spawner, which does half of the work")])
+    } else {
+      let answer = try ask(ControlVerb.upgradeSupervisor.rawValue)
+      if answer["ok"]?.bool != true {
+        return .record([
+          "ok": .bool(false), "error": .string("the supervisor: \(answer["error"]?.string ?? "no answer that can be read")"),
+          "devices": .array(reports),
+        ])
+      }
+    }
+    if !isJSON { Output.standard.write(ControlText.upgraded(supervisor: supervisor)) }
+    return .record(["ok": .bool(true), "devices": .array(reports), "supervisor": supervisor])
   }
 
   func perform() -> ExitCode {

@@ -52,7 +52,7 @@ struct UpgradeTests {
     var deaths = 0
     for round in 0..<3 where vm.isRunning {
       let before = home.processes
-      for verb in ["upgrade-supervisor", "upgrade", "upgrade-supervisor"] {
+      for verb in ["upgrade-supervisor", "upgrade"] {
         let answer = try home.ctl(verb)
         #expect(answer.code == 0, "\(round) \(verb): \(answer.output) \(vm.errorText.suffix(500))")
       }
@@ -68,6 +68,28 @@ struct UpgradeTests {
     let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
     #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
     home.expectNothingLeft()
+  }
+
+  @Test("A disk that was plugged in lives on, goes and comes again; recordings are counted on")
+  func hotPlug() throws {
+    let home = try HotPlugTests.Home("rounds=2", MicroVM.firstDisk + ["--flight-recorder", "."])
+    func die(times: Int) throws {
+      kill(try #require(home.vm.processes["blk1"]), SIGKILL)
+      try home.vm.until { home.program.errorText.components(separatedBy: "Device blk1 is served again").count > times }
+    }
+    _ = try home.expect("add", "disk", "path=second.img,num_queues=1")
+    try home.vm.wait(for: "MICRO hotplug.came ok", times: 2, of: home.program)
+    try die(times: 1)
+    for _ in 0..<2 { _ = try home.expect("upgrade-supervisor") }
+    try die(times: 2)
+    for number in 0..<2 { #expect(access(home.vm.path("\(home.vm.name)-blk1-\(number).rec"), F_OK) == 0, "recording \(number)") }
+    #expect(try home.ctl("events").output.contains("\"added\""))
+    _ = try home.expect("remove", "blk1")
+    #expect(try home.expect("add", "rng", "id=luck").contains("luck is in slot"))
+    try home.vm.wait(for: "MICRO hotplug.came ok", times: 3, of: home.program)
+    #expect(try home.expect("upgrade").hasSuffix("the supervisor: upgraded\n"))
+    _ = try home.expect("remove", "luck")
+    try home.finish()
   }
 
   @Test("At a terminal: the size, the escape key and the terminal's settings are looked after as before")

@@ -193,23 +193,49 @@ struct UpgradeTests {
     }
   }
 
-  @Test func whatCannotBeHandedOnIsRefused() throws {
-    for arguments in [["--flight-recorder", "."], []] {
-      let home = try Installation()
-      let vm = try start(home, arguments)
-      if arguments.isEmpty {
-        let added = try home.ctl("add", "rng", "id=more")
-        #expect(added.code == 0, "\(added.errors)")
-      }
-      let before = processes(home)
-      let answer = try home.ctl("upgrade-supervisor")
-      let words = arguments.isEmpty ? "have been changed by 'add', 'remove' or 'replace'" : "--flight-recorder"
-      #expect(answer.code == 1 && answer.errors.contains("nothing has changed") && answer.errors.contains(words), "\(answer.errors)")
-      #expect(processes(home) == before)
-      vm.signal(SIGTERM)
-      #expect(vm.wait().code == 143)
-      home.expectNothingLeft()
+  /// Devices that were added, removed and given other images since the start, and what only the spawner has of them.
+  @Test(arguments: [SIGTERM, SIGKILL]) func whatHasChangedIsHandedOn(_ end: Int32) throws {
+    let home = try Installation()
+    let vm = try start(home, ["--rng", "on"])
+    #expect(try home.shell("truncate -s 1M more.img other.img").code == 0)
+    func succeed(_ words: String) throws {
+      let result = try home.shell("./martlet ctl --control ctl \(words)")
+      #expect(result.code == 0, "\(words): \(result.errors) \(vm.errorText)")
     }
+    func isOwned(_ image: String) throws -> Bool {
+      let lock = "import fcntl, struct; fcntl.fcntl(open('\(image)', 'r+'), 37, struct.pack('hhqqi', fcntl.F_WRLCK, 0, 1 << 62, 0, 0))"
+      return try home.shell("python3 -c \"\(lock)\"").errors.contains("Resource temporarily unavailable")
+    }
+    func devices() throws -> [String] {
+      try JSONValue(parsing: try home.ctl("devices", "--json").output)["devices"]?.array?.compactMap { $0["id"]?.string } ?? []
+    }
+    for words in ["add disk path=more.img,id=more", "add console socket=late,id=late", "remove rng0", "replace blk0 --path other.img"] {
+      try succeed(words)
+    }
+    let before = try devices()
+    #expect(Set(before).isSuperset(of: ["blk0", "more", "late"]) && !before.contains("rng0"), "\(before)")
+    for round in 1...2 {
+      try succeed("upgrade-supervisor")
+      #expect(try devices() == before)
+      for id in ["blk0", "more", "late"] {
+        kill(try #require(processes(home)[id]), SIGKILL)
+        home.waitUntil("\(id)") { vm.errorText.components(separatedBy: "Device \(id) is served again").count > round }
+      }
+      #expect(try isOwned("other.img") && isOwned("more.img"))
+      #expect(try !isOwned("disk.img"))
+      #expect(access(home.directory + "/late", F_OK) == 0)
+    }
+    try succeed("remove more")
+    #expect(try !isOwned("more.img"))
+    for words in ["add disk path=more.img", "replace blk0 --path disk.img", "upgrade", "upgrade-supervisor --dry-run"] { try succeed(words) }
+    #expect(try member(home, "upgrades") == 3)
+    #expect(try isOwned("more.img") && isOwned("disk.img"))
+    #expect(try !isOwned("other.img"))
+    vm.signal(end)
+    let outcome = vm.wait()
+    #expect(end == SIGKILL ? outcome.signal == SIGKILL : outcome.code == 143)
+    home.waitUntil("the socket's end") { access(home.directory + "/late", F_OK) != 0 }
+    home.expectNothingLeft()
   }
 
   @Test func withoutASandboxThereIsNobodyToHelp() throws {
@@ -225,13 +251,16 @@ struct UpgradeTests {
   /// A state is somebody else's bytes: what the real program says to one of another version, a cut one, an altered one.
   @Test func foreignStatesAreRefusedWithTheReason() throws {
     let home = try Installation()
-    let vm = try start(home, ["--name", "up-tell"])
+    let vm = try start(home, ["--name", "up-hang", "--deadline", "ready=20000"])
     try install(BuiltPrograms.path("martlet-fake"), home)
-    let told = try home.ctl("upgrade-supervisor").errors
-    let state = try #require(told.firstMatch(of: #/STATE ([0-9a-f]+) END/#), "\(told)")
-    try String(state.1).write(toFile: home.directory + "/state", atomically: true, encoding: .utf8)
-    vm.signal(SIGTERM)
-    #expect(vm.wait().code == 143)
+    let asker = try RunningProgram(home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
+    home.waitUntil("the program that is asked") { processes(home)["martlet-supervisor"] != nil }
+    let examined = try #require(processes(home)["martlet-supervisor"])
+    let copy = try home.shell("cp /proc/\(examined)/fd/3 state")
+    #expect(copy.code == 0, "\(copy.errors)")
+    vm.signal(SIGKILL)
+    _ = vm.wait()
+    #expect(asker.wait().code != 0)
     let script = """
       import os, random, subprocess, sys
       def ask(state):
@@ -243,7 +272,7 @@ struct UpgradeTests {
           assert run.stdout.endswith(b"\\n"), run.stdout
           assert (run.stdout == b"state accepted\\n") == (run.returncode == 0), run.stdout
           return run.stdout.decode()
-      state = bytes.fromhex(open("state").read())
+      state = open("state", "rb").read()
       def expect(words, changed):
           answer = ask(changed)
           assert words in answer, answer

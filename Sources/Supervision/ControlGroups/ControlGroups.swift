@@ -27,7 +27,28 @@ package final class ControlGroups {
 
   var directory: String { "\(parent)/\(name)" }
 
-  private static let prefix = "martlet-"
+  /// Groups that are there, for a state.
+  struct Known: Equatable {
+    var parent: String
+    var name: String
+    /// Each once, in the order of their names.
+    var controllers: [Controller]
+    var ownName: String?
+  }
+
+  var known: Known {
+    Known(parent: parent, name: name, controllers: controllers.sorted { $0.rawValue < $1.rawValue }, ownName: ownName)
+  }
+
+  /// Those of a VM that runs.
+  init(_ known: Known) {
+    parent = known.parent
+    name = known.name
+    controllers = Set(known.controllers)
+    ownName = known.ownName
+  }
+
+  static let prefix = "martlet-"
   private static let ownPrefix = "martlet-supervisor-"
   static let memberPrefix = "process-"
 

@@ -13,6 +13,8 @@ final class SpawnerUpgrade {
   private var isSealed = false
 
   static let programName = "martlet-supervisor"
+  /// The descriptors that every spawner is given; those of the images it owns follow.
+  static let agreedDescriptors = 7
 
   /// Memory for the state, and the new program.
   func prepare(_ supervisor: Supervisor) throws(SupervisionError) -> [FDBox] {
@@ -68,8 +70,9 @@ final class SpawnerUpgrade {
   /// supervisor's child to collect, and why.
   func renew(null: CInt, _ supervisor: Supervisor) throws(SupervisionError) -> (Int32, [FDBox], String) {
     let state = try sealedState(limit: SupervisorState.limit)
-    guard supervisor.groups == nil, supervisor.claims.numbers.allSatisfy({ $0.number < 0 }) else {
-      throw .launch("What the spawner has of this VM cannot be handed on")
+    let held = supervisor.claims.numbers.map(\.number).filter { $0 >= 0 }
+    guard Self.agreedDescriptors + held.count <= ChildLaunch.descriptorLimit else {
+      throw .launch("Too many images have been added to this VM to be handed on")
     }
     let own = try attempt { () throws(SystemError) in
       let memory = try SharedMemory.growing(name: "spawner")
@@ -90,7 +93,7 @@ final class SpawnerUpgrade {
       arguments: [Self.programName, UpgradedProgram.Role.spawner.argument, title],
       descriptors: [
         supervisor.guardian.isOnTerminal ? 0 : null, null, 2, pair.second.rawValue, own.rawValue, directory, null,
-      ])
+      ] + held)
     launch.isHelper = true
     let child = try start(launch, asSibling: true)
     let ours = FDBox(pair.first)
@@ -105,7 +108,8 @@ final class SpawnerUpgrade {
       why = answer.map { String(decoding: $0.dropFirst(), as: UTF8.self) } ?? "its spawner ended before it was ready"
       if case .failed(let stage, let errno) = child.poll() { why = "cannot \(stage.action): \(errno.explanation)" }
     }
-    child.process.signal(SIGKILL)
+    // Before its line ends: it would do what this one has still to do.
+    withExtendedLifetime(line) { child.process.signal(SIGKILL) }
     return (child.process.processID, [pidfd], why)
   }
 
@@ -128,6 +132,8 @@ extension Supervisor {
   var capturedSpawner: SpawnerState {
     var state = SpawnerState()
     state.arguments = upgrade.arguments
+    state.changes = configuration.changes
+    state.extraArguments = extraArguments
     state.rules = upgrade.rules
     state.cookie = upgrade.cookie
     state.userID = userID
@@ -159,18 +165,25 @@ extension Supervisor {
       if case .external(let path) = care.kind { state.externals.append(.init(id: care.id, path: path)) }
     }
     state.assignments = assignments
-    state.claims = claims.numbers.map(\.disk)
+    state.claims = claims.numbers.map { .init(disk: $0.disk, isHeld: $0.number >= 0) }
     state.hasGuardian = guardian.hasGuardian
     state.isOnTerminal = guardian.isOnTerminal
     state.settings = guardian.settingBytes
     state.files = guardian.files.map { .init(path: $0.path, device: $0.status.device, inode: $0.status.inode) }
+    state.added = guardian.added.map { .init(id: $0.id, file: .init(path: $0.path, device: $0.status.device, inode: $0.status.inode)) }
+    state.groups = groups?.known
+    state.storage = storage.sorted { $0.key < $1.key }.map { .init(id: $0.key, major: $0.value.major, minor: $0.value.minor) }
     return state
   }
 
   /// The spawner's view of the VM, in its successor.
   convenience init(spawning state: SpawnerState, programs directory: consuming OwnedFD) throws(SupervisionError) {
-    let configuration: VMConfiguration
-    do { configuration = try VMConfiguration(arguments: state.arguments) } catch { throw .launch(error.message) }
+    var configuration: VMConfiguration
+    do {
+      configuration = try VMConfiguration(arguments: state.arguments)
+      try configuration.follow(state.changes)
+    } catch { throw .launch(error.message) }
+    let groups = state.groups.map { ControlGroups($0) }
     let signals = try attempt { () throws(SystemError) in
       try Signals.descriptor(for: [])
     } or: {
@@ -179,14 +192,24 @@ extension Supervisor {
     try self.init(
       configuration, userID: state.userID, identities: Identities(base: state.identityBase, used: state.identitiesUsed),
       walls: Walls(mode: state.mode, namespaces: state.namespaces, log: nil), signals: signals,
-      guardian: TerminalGuard(title: "vm/\(configuration.name)", walls: state.mode, state), groupsLack: nil)
+      guardian: TerminalGuard(title: "vm/\(configuration.name)", walls: state.mode, state, groups), groups: groups, groupsLack: nil)
     programs = Programs(adopting: directory, directory: state.directory)
     upgrade.arguments = state.arguments
     upgrade.rules = state.rules
     upgrade.cookie = state.cookie
     for known in state.launches { knownLaunches[known.id] = (known.program, known.launch) }
     assignments = state.assignments
-    for disk in state.claims { claims.know(disk) }
+    var next = CInt(SpawnerUpgrade.agreedDescriptors)
+    for claim in state.claims {
+      guard claim.isHeld else {
+        claims.know(claim.disk)
+        continue
+      }
+      claims.take(claim.disk, try UpgradedProgram.adopt(next))
+      next += 1
+    }
+    extraArguments = state.extraArguments
+    for known in state.storage { storage[known.id] = StorageDevice(major: known.major, minor: known.minor) }
     for own in state.own {
       let image = own.image.map { image in
         let status = FileStatus(device: image.file.device, inode: image.file.inode)

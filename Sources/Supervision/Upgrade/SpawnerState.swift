@@ -47,12 +47,34 @@ struct SpawnerState {
     var file: File
   }
 
+  /// The socket of a device that was added while the VM ran.
+  struct Added {
+    var id: String
+    var file: File
+  }
+
+  /// An image that the VM owns; who has the open file.
+  struct Claim {
+    var disk: String
+    /// The spawner: it is the next of the descriptors behind the agreed ones.
+    var isHeld: Bool
+  }
+
+  /// The disk below an image, for the limits of its transfers.
+  struct Storage {
+    var id: String
+    var major: UInt32
+    var minor: UInt32
+  }
+
   struct External {
     var id: String
     var path: String
   }
 
   var arguments: [String] = []
+  var changes: [DeviceChange] = []
+  var extraArguments: [String: [String]] = [:]
   /// The filter of the supervisor, for those who stand in for it, and the number that its exec needs.
   var rules: [SystemCallRule] = []
   var cookie: UInt64 = 0
@@ -66,20 +88,24 @@ struct SpawnerState {
   var jailed: [Jailed] = []
   var assignments: [DeviceAssignment] = []
   var own: [Own] = []
-  /// Disks whose images the VM owns; the supervisor has the files.
-  var claims: [String] = []
+  var claims: [Claim] = []
   var externals: [External] = []
   /// What the guardian puts right.
   var hasGuardian = false
   var isOnTerminal = false
   var settings: [UInt8] = []
   var files: [File] = []
+  var added: [Added] = []
+  var groups: ControlGroups.Known?
+  var storage: [Storage] = []
 
   func encode() -> [UInt8] {
     var writer = WireWriter()
     writer.number(Self.magic)
     writer.number(Self.version)
     writer.texts(arguments)
+    writer.changes(changes)
+    writer.extraArguments(extraArguments)
     writer.rules(rules)
     writer.number(cookie)
     writer.number(userID)
@@ -121,7 +147,10 @@ struct SpawnerState {
         write(image.file, &writer)
       }
     }
-    writer.texts(claims)
+    writer.list(claims) { writer, claim in
+      writer.text(claim.disk)
+      writer.flag(claim.isHeld)
+    }
     writer.list(externals) { writer, external in
       writer.text(external.id)
       writer.text(external.path)
@@ -130,6 +159,16 @@ struct SpawnerState {
     writer.flag(isOnTerminal)
     writer.packet(settings)
     writer.list(files) { write($1, &$0) }
+    writer.list(added) { writer, added in
+      writer.text(added.id)
+      write(added.file, &writer)
+    }
+    writer.groups(groups)
+    writer.list(storage) { writer, storage in
+      writer.text(storage.id)
+      writer.number(storage.major)
+      writer.number(storage.minor)
+    }
     return writer.bytes
   }
 
@@ -151,6 +190,8 @@ struct SpawnerState {
 
   private init(from reader: inout WireReader) throws(MessageError) {
     arguments = try reader.texts("arguments", limit: 1024)
+    changes = try reader.changes()
+    extraArguments = try reader.extraArguments()
     rules = try reader.rules("rules")
     cookie = try reader.number()
     userID = try reader.number()
@@ -200,7 +241,9 @@ struct SpawnerState {
       return Own(
         id: id, program: program, arguments: arguments, isOnTerminal: isOnTerminal, resourceCount: resourceCount, image: image)
     }
-    claims = try reader.texts("claims", limit: 256)
+    claims = try reader.list("claims", limit: 256) { reader throws(MessageError) in
+      Claim(disk: try reader.identifier(), isHeld: try reader.flag("claims"))
+    }
     externals = try reader.list("externals", limit: 256) { reader throws(MessageError) in
       External(id: try reader.identifier(), path: try reader.text("path"))
     }
@@ -209,5 +252,12 @@ struct SpawnerState {
     settings = try reader.packet("settings", limit: 256)
     guard settings.count == MemoryLayout<termios>.size else { throw .badField("settings") }
     files = try reader.list("files", limit: 16) { reader throws(MessageError) in try file(&reader) }
+    added = try reader.list("added", limit: 256) { reader throws(MessageError) in
+      Added(id: try reader.identifier(), file: try file(&reader))
+    }
+    groups = try reader.groups()
+    storage = try reader.list("storage", limit: 256) { reader throws(MessageError) in
+      Storage(id: try reader.identifier(), major: try reader.number(), minor: try reader.number())
+    }
   }
 }

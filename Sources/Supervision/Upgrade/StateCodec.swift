@@ -106,3 +106,116 @@ extension SystemCallRule {
     }
   }
 }
+
+extension WireWriter {
+  mutating func changes(_ changes: [DeviceChange]) {
+    list(changes) { writer, change in
+      writer.text(change.id)
+      switch change.step {
+      case .added(let order):
+        writer.number(UInt8(0))
+        writer.text(order.kind.rawValue)
+        writer.text(order.value)
+      case .removed: writer.number(UInt8(1))
+      case .served(.socket(let path)):
+        writer.number(UInt8(2))
+        writer.text(path)
+      case .served(.program(let program)):
+        writer.number(UInt8(3))
+        writer.texts(program.words)
+        writer.text(program.profile)
+        writer.optional(program.path) { $0.text($1) }
+      case .image(let image):
+        writer.number(UInt8(4))
+        writer.text(image.path)
+        writer.flag(image.readOnly)
+        writer.flag(image.isShared)
+        writer.optional(image.serial) { $0.text($1) }
+        writer.texts(image.arguments)
+      }
+    }
+  }
+
+  mutating func groups(_ groups: ControlGroups.Known?) {
+    optional(groups) { writer, known in
+      writer.text(known.parent)
+      writer.text(known.name)
+      writer.texts(known.controllers.map(\.rawValue))
+      writer.optional(known.ownName) { $0.text($1) }
+    }
+  }
+
+  mutating func extraArguments(_ extra: [String: [String]]) {
+    list(extra.sorted { $0.key < $1.key }) { writer, extra in
+      writer.text(extra.key)
+      writer.texts(extra.value)
+    }
+  }
+}
+
+extension WireReader {
+  private mutating func path(_ name: MessageError.StaticName) throws(MessageError) -> String {
+    let path = try text(name)
+    guard VMConfiguration.isPath(path) else { throw .badField(name) }
+    return path
+  }
+
+  mutating func changes() throws(MessageError) -> [DeviceChange] {
+    try list("changes", limit: 256) { reader throws(MessageError) in
+      let id = try reader.identifier()
+      switch try reader.number(UInt8.self) {
+      case 0:
+        guard let kind = DeviceOrder.Kind(rawValue: try reader.text("changes", limit: 64)) else { throw .badField("changes") }
+        return DeviceChange(id: id, step: .added(DeviceOrder(kind, try reader.text("changes"))))
+      case 1: return DeviceChange(id: id, step: .removed)
+      case 2:
+        let path = try reader.path("changes")
+        guard VMConfiguration.isSocketPath(path) else { throw .badField("changes") }
+        return DeviceChange(id: id, step: .served(.socket(path)))
+      case 3:
+        let words = try reader.texts("changes", limit: 256)
+        guard !words.isEmpty else { throw .badField("changes") }
+        let profile = try reader.path("changes")
+        let path = try reader.optional("changes") { reader throws(MessageError) in try reader.path("changes") }
+        return DeviceChange(id: id, step: .served(.program(.init(words: words, profile: profile, path: path))))
+      case 4:
+        return DeviceChange(
+          id: id,
+          step: .image(
+            .init(
+              path: try reader.path("changes"), readOnly: try reader.flag("changes"), isShared: try reader.flag("changes"),
+              serial: try reader.optional("changes") { reader throws(MessageError) in try reader.text("changes", limit: 20) },
+              arguments: try reader.texts("changes", limit: 64))))
+      default: throw .badField("changes")
+      }
+    }
+  }
+
+  mutating func groups() throws(MessageError) -> ControlGroups.Known? {
+    try optional("groups") { reader throws(MessageError) in
+      /// One step below the parent.
+      func name(_ reader: inout WireReader) throws(MessageError) -> String {
+        let name = try reader.text("groups", limit: 255)
+        guard name.hasPrefix(ControlGroups.prefix), !name.utf8.contains(UInt8(ascii: "/")), !name.utf8.contains(0) else {
+          throw .badField("groups")
+        }
+        return name
+      }
+      let parent = try reader.path("groups")
+      let group = try name(&reader)
+      let controllers = try reader.list("groups", limit: 8) { reader throws(MessageError) in
+        guard let controller = ControlGroups.Controller(rawValue: try reader.text("groups", limit: 16)) else { throw .badField("groups") }
+        return controller
+      }
+      let ownName = try reader.optional("groups") { reader throws(MessageError) in try name(&reader) }
+      return ControlGroups.Known(parent: parent, name: group, controllers: controllers, ownName: ownName)
+    }
+  }
+
+  mutating func extraArguments() throws(MessageError) -> [String: [String]] {
+    let all = try list("extraArguments", limit: 256) { reader throws(MessageError) in
+      (try reader.identifier(), try reader.texts("extraArguments", limit: 256))
+    }
+    return Dictionary(all) { $1 }
+  }
+}

@@ -8,6 +8,8 @@ extension Supervisor {
   func captureState(for asker: Int) -> SupervisorState {
     var state = SupervisorState()
     state.arguments = upgrade.arguments
+    state.changes = configuration.changes
+    state.extraArguments = extraArguments
     state.rules = upgrade.rules
     state.userID = userID
     state.mode = walls.mode
@@ -16,6 +18,7 @@ extension Supervisor {
     state.identityBase = identities.base
     state.identitiesUsed = identities.used
     state.identitiesReleased = identities.released
+    state.groups = groups?.known
     state.groupsLack = groupsLack
     state.signals = signals.rawValue
     state.guardian = guardian.living
@@ -30,6 +33,7 @@ extension Supervisor {
     state.cares = cares.values.sorted { $0.id < $1.id }.map(\.captured)
     state.claims = claims.numbers.filter { $0.number >= 0 }.map { .init(disk: $0.disk, file: $0.number) }
     state.conversations = conversations.sorted { $0.key < $1.key }.map { .init(id: $0.key, text: $0.value) }
+    state.recordings = recordingCounts.sorted { $0.key < $1.key }.map { .init(id: $0.key, count: UInt64($0.value)) }
     for (id, memory) in statistics.sorted(by: { $0.key < $1.key }) {
       state.statistics.append(.init(id: id, queueCount: UInt16(clamping: memory.queueCount), file: memory.file.number))
     }
@@ -60,12 +64,14 @@ extension Supervisor {
       configuration, userID: state.userID,
       identities: Identities(base: state.identityBase, used: state.identitiesUsed, released: state.identitiesReleased), walls: walls,
       signals: try UpgradedProgram.adopt(state.signals),
-      guardian: try TerminalGuard(title: "vm/\(configuration.name)", walls: state.mode, state), groupsLack: state.groupsLack)
+      guardian: try TerminalGuard(title: "vm/\(configuration.name)", walls: state.mode, state),
+      groups: state.groups.map { ControlGroups($0) }, groupsLack: state.groupsLack)
     phase = .running
     coreIsReady = true
     guestHasStarted = true
     self.spawner = spawner
     upgrade.arguments = state.arguments
+    extraArguments = state.extraArguments
     upgrade.rules = state.rules
     upgrade.count = state.upgradeCount
     channel = CoreChannel(try UpgradedProgram.adopt(state.channel), sequence: state.sequence)
@@ -77,6 +83,7 @@ extension Supervisor {
     for known in state.cares { cares[known.id] = try DeviceCare(known, configuration) }
     for claim in state.claims { claims.take(claim.disk, try UpgradedProgram.adopt(claim.file)) }
     for known in state.conversations { conversations[known.id] = known.text }
+    for known in state.recordings { recordingCounts[known.id] = Int(known.count) }
     for known in state.statistics {
       let file = try UpgradedProgram.adopt(known.file)
       do { statistics[known.id] = try StatisticsMemory(adopting: FDBox(file), queueCount: Int(known.queueCount)) } catch {

@@ -18,8 +18,6 @@ struct UpgradeWork {
   var asker: Int?
   /// Nothing is to be changed.
   var isTrial = false
-  /// A device has come or gone since the start, or has another kind of back end.
-  var devicesHaveChanged = false
   var deadline = MonotonicTime.now
 
   /// How often is looked whether all processes have settled, and how long.
@@ -74,20 +72,13 @@ extension Supervisor {
   /// Does not return when it works, unless it was a trial.
   private func become(_ asker: Int) throws(SupervisionError) {
     guard let spawner else { throw Spawner.lost }
-    // Neither the command line nor the state says what has been plugged in, taken out or put in a device's place.
-    guard !upgrade.devicesHaveChanged, (try? VMConfiguration(arguments: upgrade.arguments)) == configuration else {
-      throw .launch("The devices of this VM have been changed by 'add', 'remove' or 'replace', which cannot be handed on")
-    }
-    guard groups == nil else {
-      throw .launch("This VM's processes are in control groups, which cannot be handed on; start a VM with --cgroup off to have none")
-    }
-    guard configuration.flightRecorder == nil else {
-      throw .launch("This VM was started with --flight-recorder, whose directory cannot be handed on")
-    }
     let state = captureState(for: asker)
     let bytes = state.encode()
     // What cannot be read here would not be read there.
     guard (try? SupervisorState.decode(bytes)) == state else { throw .launch("The state of this VM is too large to be handed on") }
+    guard (try? state.check()) == configuration else {
+      throw .launch("The devices of this VM have been changed in a way that its command line and what was added since do not tell")
+    }
     let prepared = try spawner.prepareUpgrade()
     try attempt { () throws(SystemError) in
       try prepared.memory.writeAll(bytes)
@@ -187,11 +178,13 @@ extension Spawner {
 
     /// It is not wanted after all.
     func end() {
+      if let fd = process.take() {
+        let handle = ProcessHandle(processID: number, adopting: fd)
+        handle.signal(SIGKILL)
+        _ = handle.waitForEnd()
+      }
+      // At the end of its line it would do what the spawner of before has still to do.
       line.close()
-      guard let fd = process.take() else { return }
-      let handle = ProcessHandle(processID: number, adopting: fd)
-      handle.signal(SIGKILL)
-      _ = handle.waitForEnd()
     }
   }
 

@@ -82,6 +82,12 @@ struct SupervisorState: Equatable {
     var text: String
   }
 
+  /// How many of them have been written to files.
+  struct Recordings: Equatable {
+    var id: String
+    var count: UInt64
+  }
+
   struct Statistics: Equatable {
     var id: String
     var queueCount: UInt16
@@ -125,8 +131,11 @@ struct SupervisorState: Equatable {
     var line: CInt
   }
 
-  /// Of `martlet run`.
+  /// Of `martlet run`, and what has happened to the devices since.
   var arguments: [String] = []
+  var changes: [DeviceChange] = []
+  /// What programs were given behind their own arguments, by device.
+  var extraArguments: [String: [String]] = [:]
   /// What the filter in force allows; it stays.
   var rules: [SystemCallRule] = []
   var userID: UInt32 = 0
@@ -135,7 +144,8 @@ struct SupervisorState: Equatable {
   var identityBase: UInt32?
   var identitiesUsed: UInt32 = 0
   var identitiesReleased: [ChildIdentity] = []
-  /// Why there are no control groups.
+  /// The control groups, or why there are none.
+  var groups: ControlGroups.Known?
   var groupsLack: String?
   var log: CInt?
   var signals: CInt = -1
@@ -154,6 +164,7 @@ struct SupervisorState: Equatable {
   var cares: [Care] = []
   var claims: [Claim] = []
   var conversations: [Conversation] = []
+  var recordings: [Recordings] = []
   var statistics: [Statistics] = []
   var escapeLines: [IndexedLine] = []
   var quietEnds: [IndexedTime] = []
@@ -186,12 +197,15 @@ extension SupervisorState {
     writer.number(Wire.version)
     writer.rules(rules)
     writer.texts(arguments)
+    writer.changes(changes)
+    writer.extraArguments(extraArguments)
     writer.number(userID)
     writer.text(mode.rawValue)
     writer.number(namespaces.rawValue)
     writer.optional(identityBase) { $0.number($1) }
     writer.number(identitiesUsed)
     writer.list(identitiesReleased) { $0.identity($1) }
+    writer.groups(groups)
     writer.optional(groupsLack) { $0.text($1) }
     writer.optional(log) { $0.number($1) }
     writer.number(signals)
@@ -216,6 +230,10 @@ extension SupervisorState {
     writer.list(conversations) { writer, conversation in
       writer.text(conversation.id)
       writer.text(conversation.text, limit: Wire.maximumLength)
+    }
+    writer.list(recordings) { writer, recordings in
+      writer.text(recordings.id)
+      writer.number(recordings.count)
     }
     writer.list(statistics) { writer, statistics in
       writer.text(statistics.id)
@@ -289,6 +307,8 @@ extension SupervisorState {
   private init(from reader: inout WireReader) throws(MessageError) {
     rules = try reader.rules("rules")
     arguments = try reader.texts("arguments", limit: 1024)
+    changes = try reader.changes()
+    extraArguments = try reader.extraArguments()
     userID = try reader.number()
     guard let mode = WallMode(rawValue: try reader.text("mode", limit: 8)) else { throw .badField("mode") }
     self.mode = mode
@@ -299,6 +319,7 @@ extension SupervisorState {
     identitiesReleased = try reader.list("identities", limit: Int(Identities.perVM)) { reader throws(MessageError) in
       try reader.identity()
     }
+    groups = try reader.groups()
     groupsLack = try reader.optional("groups") { reader throws(MessageError) in try reader.text("groups") }
     log = try reader.optional("log") { reader throws(MessageError) in try reader.descriptor("log") }
     signals = try reader.descriptor("signals")
@@ -340,6 +361,12 @@ extension SupervisorState {
     }
     conversations = try reader.list("conversations", limit: 256) { reader throws(MessageError) in
       Conversation(id: try reader.identifier(), text: try reader.text("conversations", limit: Wire.maximumLength))
+    }
+    recordings = try reader.list("recordings", limit: 256) { reader throws(MessageError) in
+      let id = try reader.identifier()
+      let count: UInt64 = try reader.number()
+      guard count < UInt64(Int.max) else { throw .badField("recordings") }
+      return Recordings(id: id, count: count)
     }
     statistics = try reader.list("statistics", limit: 256) { reader throws(MessageError) in
       let id = try reader.identifier()
@@ -562,6 +589,10 @@ extension SupervisorState {
         throw .call(SystemCall.name(rule.number))
       }
     }
-    do { return try VMConfiguration(arguments: arguments) } catch { throw .arguments(error.message) }
+    do {
+      var configuration = try VMConfiguration(arguments: arguments)
+      try configuration.follow(changes)
+      return configuration
+    } catch { throw .arguments(error.message) }
   }
 }
