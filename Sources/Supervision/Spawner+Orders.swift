@@ -74,6 +74,8 @@ extension Spawner {
           isOnTerminal: isOnTerminal, identity: identity)
         supervisor.knownLaunches[id] = (program, launch)
         supervisor.newLaunches.insert(id)
+        // The supervisor has them; here they are counted, for who takes over one day.
+        if let care = supervisor.cares[id], care.image == nil { care.resources = resources.map { _ in FDBox() } }
         let statistics = try attempt { () throws(SystemError) in
           try StatisticsMemory(queueCount: plan.assignment.queueSizes.count)
         } or: {

@@ -46,7 +46,7 @@ extension Supervisor {
     case .events: return tellEvents(arguments, to: client)
     case .add, .replace:
       return refuse(client, "An order that names files or programs is one line, of at most \(Spawner.orderLimit) bytes, sent in one piece")
-    case .upgrade: return refuse(client, "An upgrade is a replacement of one device after the other and then of the supervisor; martlet ctl asks for each")
+    case .upgrade: return refuse(client, "An upgrade replaces one device after the other, then the supervisor; martlet ctl asks for each")
     case .remove: return removeDevice(arguments, for: client)
     case .upgradeSupervisor: return beginUpgrade(arguments, for: client)
     case .devices:

@@ -227,7 +227,9 @@ struct UpgradeTests {
     }
     try succeed("remove more")
     #expect(try !isOwned("more.img"))
-    for words in ["add disk path=more.img", "replace blk0 --path disk.img", "upgrade", "upgrade-supervisor --dry-run"] { try succeed(words) }
+    for words in ["add disk path=more.img", "replace blk0 --path disk.img", "upgrade", "upgrade-supervisor --dry-run"] {
+      try succeed(words)
+    }
     #expect(try member(home, "upgrades") == 3)
     #expect(try isOwned("more.img") && isOwned("disk.img"))
     #expect(try !isOwned("other.img"))
@@ -253,7 +255,8 @@ struct UpgradeTests {
     let home = try Installation()
     let vm = try start(home, ["--name", "up-hang", "--deadline", "ready=20000"])
     try install(BuiltPrograms.path("martlet-fake"), home)
-    let asker = try RunningProgram(home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
+    let asker = try RunningProgram(
+      home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
     home.waitUntil("the program that is asked") { processes(home)["martlet-supervisor"] != nil }
     let examined = try #require(processes(home)["martlet-supervisor"])
     let copy = try home.shell("cp /proc/\(examined)/fd/3 state")
@@ -264,7 +267,7 @@ struct UpgradeTests {
     let script = """
       import os, random, subprocess, sys
       def ask(state):
-          fd = os.memfd_create("state"); os.write(fd, state); os.lseek(fd, 0, 0)
+          fd = os.memfd_create("state", 0); os.write(fd, state); os.lseek(fd, 0, 0)
           run = subprocess.run([sys.argv[1], "--martlet-upgrade=examine"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
               close_fds=False, preexec_fn=lambda: os.dup2(fd, 3, True))
           os.close(fd)

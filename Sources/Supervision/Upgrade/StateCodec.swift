@@ -49,7 +49,14 @@ extension WireReader {
     try flag(name) ? try read(&self) : nil
   }
 
-  mutating func time() throws(MessageError) -> MonotonicTime { MonotonicTime(nanoseconds: try number()) }
+  /// One to which something can be added as long as there are VMs.
+  mutating func counter(_ name: MessageError.StaticName) throws(MessageError) -> UInt64 {
+    let number: UInt64 = try number()
+    guard number < 1 << 62 else { throw .badField(name) }
+    return number
+  }
+
+  mutating func time() throws(MessageError) -> MonotonicTime { MonotonicTime(nanoseconds: try counter("time")) }
 
   mutating func identity() throws(MessageError) -> ChildIdentity { ChildIdentity(uid: try number(), gid: try number()) }
 
@@ -216,6 +223,7 @@ extension WireReader {
     let all = try list("extraArguments", limit: 256) { reader throws(MessageError) in
       (try reader.identifier(), try reader.texts("extraArguments", limit: 256))
     }
+    guard Set(all.map(\.0)).count == all.count else { throw .badField("extraArguments") }
     return Dictionary(all) { $1 }
   }
 }

@@ -117,7 +117,9 @@ extension Supervisor {
     let text = String(decoding: answer, as: UTF8.self)
     if text == UpgradedProgram.acceptance, outcome == .exited(code: 0) { return }
     if case .failed(let stage, let errno) = child.poll() {
-      throw .launch("Cannot \(stage.action) of the installed \(SpawnerUpgrade.programName): \(errno.explanation)")
+      throw .launch(
+        "Cannot \(stage.action) of the installed \(SpawnerUpgrade.programName): \(errno.explanation); install all of Martlet's programs together"
+      )
     }
     let who = "The installed \(SpawnerUpgrade.programName)"
     if isLate { throw .launch("\(who) does not say within \(configuration.deadlines.ready) ms whether it can take over") }

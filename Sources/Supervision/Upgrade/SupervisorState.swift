@@ -364,9 +364,7 @@ extension SupervisorState {
     }
     recordings = try reader.list("recordings", limit: 256) { reader throws(MessageError) in
       let id = try reader.identifier()
-      let count: UInt64 = try reader.number()
-      guard count < UInt64(Int.max) else { throw .badField("recordings") }
-      return Recordings(id: id, count: count)
+      return Recordings(id: id, count: try reader.counter("recordings"))
     }
     statistics = try reader.list("statistics", limit: 256) { reader throws(MessageError) in
       let id = try reader.identifier()
@@ -393,7 +391,7 @@ extension SupervisorState {
         id: try reader.number(), socket: try reader.descriptor("clients"),
         received: try reader.packet("clients", limit: ControlServer.lineLimit),
         outgoing: try reader.packet("clients", limit: Client.longestRest), followsEvents: try reader.flag("clients"),
-        missedCount: try reader.number())
+        missedCount: try reader.counter("clients"))
     }
     pending = try reader.list("pending", limit: 1024) { reader throws(MessageError) in
       let sequence: UInt32 = try reader.number()
@@ -409,16 +407,16 @@ extension SupervisorState {
     }
     events = try reader.list("events", limit: EventJournal.capacity) { reader throws(MessageError) in
       SupervisionEvent(
-        number: try reader.number(), time: try reader.number(), kind: try kind(&reader), device: try reader.text("events"),
+        number: try reader.counter("events"), time: try reader.number(), kind: try kind(&reader), device: try reader.text("events"),
         text: try reader.text("events"),
         values: try reader.list("events", limit: 64) { reader throws(MessageError) in
           SupervisionEvent.Value(try reader.text("events"), try reader.number())
         })
     }
     eventCounts = try reader.list("eventCounts", limit: 4096) { reader throws(MessageError) in
-      Count(device: try reader.text("eventCounts"), kind: try kind(&reader), number: try reader.number())
+      Count(device: try reader.text("eventCounts"), kind: try kind(&reader), number: try reader.counter("eventCounts"))
     }
-    nextEvent = try reader.number()
+    nextEvent = try reader.counter("events")
     guard nextEvent > events.count else { throw .badField("events") }
     asker = try reader.number()
     upgradeCount = try reader.number()
@@ -546,7 +544,7 @@ extension SupervisorState.Care {
     failureCount = try reader.number()
     servedTime = try reader.optional("servedTime") { reader throws(MessageError) in try reader.time() }
     shortServices = try reader.number()
-    replayCount = try reader.number()
+    replayCount = try reader.counter("replayCount")
     lostTime = try reader.optional("lostTime") { reader throws(MessageError) in try reader.time() }
     spare = try reader.optional("spare") { reader throws(MessageError) in
       SupervisorState.Spare(
