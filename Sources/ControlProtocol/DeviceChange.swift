@@ -67,9 +67,7 @@ extension VMConfiguration {
     for index in disks.indices where disks[index].id == id { disks[index].source = .external(external) }
     for index in nets.indices where nets[index].id == id { nets[index].source = .external(external) }
     for index in generics.indices where generics[index].id == id { generics[index].source = external }
-    if case .socket(let path) = external {
-      for index in fileSystems.indices where fileSystems[index].id == id { fileSystems[index].socket = path }
-    }
+    for index in fileSystems.indices where fileSystems[index].id == id { fileSystems[index].source = external }
     guard self != before else { return }
     // What an image before it left in the disk stays.
     changes.removeAll { if case .served = $0.step { $0.id == id } else { false } }

@@ -71,6 +71,9 @@ final class ImageClaims {
     held[disk] = Claim(file: FDBox(file), status: status)
   }
 
+  /// What an earlier program of this process took. Behind the supervisor's walls nobody can ask what file it is, nor has to.
+  func adopt(_ disk: String, _ file: consuming OwnedFD) { held[disk] = Claim(file: FDBox(file), status: nil) }
+
   func has(_ disk: String) -> Bool { held[disk] != nil }
 
   /// What file the VM owns for the disk, whoever serves it; nil where it owns none.
@@ -82,10 +85,10 @@ final class ImageClaims {
   func move(_ disk: String, to other: String) { held[other] = held.removeValue(forKey: disk) }
 
   /// By disk, for a state; -1 for what another process has.
-  var numbers: [(disk: String, number: CInt)] { held.sorted { $0.key < $1.key }.map { ($0.key, $0.value.number) } }
+  var numbers: [(disk: String, number: CInt)] { held.sorted { $0.key < $1.key }.map { ($0.key, $0.value.file.number) } }
 
   /// Another process has it.
-  func know(_ disk: String) { held[disk] = FDBox() }
+  func know(_ disk: String) { held[disk] = Claim(file: FDBox(), status: nil) }
 
   /// In a fork, which knows of them and does not have them: the numbers are others' there.
   func abandon() { for claim in held.values { _ = claim.file.take()?.release() } }

@@ -80,7 +80,7 @@ extension Supervisor {
     case .same:
       guard case .program(let program, let arguments, let isOnTerminal) = old.kind else {
         // What has an image can be served by our own program.
-        if order.disk != nil { return try planOwn(id, "martlet-block", [], [], false, disk, place, configuration, old, opened) }
+        if order.disk != nil { return try planOwn(id, "martlet-block", [], [], false, disk, configuration, old, opened) }
         let ours = disk == nil ? "" : "--path FILE, "
         throw .launch("The back end of \(id) was started by hand; say who takes over: \(ours)--socket PATH, or -- PROGRAM ARGUMENT ...")
       }

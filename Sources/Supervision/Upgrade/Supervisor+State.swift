@@ -81,7 +81,7 @@ extension Supervisor {
     assignments = state.assignments
     for report in state.reports { reports[report.id] = report }
     for known in state.cares { cares[known.id] = try DeviceCare(known, configuration) }
-    for claim in state.claims { claims.take(claim.disk, try UpgradedProgram.adopt(claim.file)) }
+    for claim in state.claims { claims.adopt(claim.disk, try UpgradedProgram.adopt(claim.file)) }
     for known in state.conversations { conversations[known.id] = known.text }
     for known in state.recordings { recordingCounts[known.id] = Int(known.count) }
     for known in state.statistics {
