@@ -76,7 +76,7 @@ import Testing
     // Killed once by itself, once together with the disk.
     for number in UInt8(1)...2 {
       let machine = try Self.startMachine(qemu, folder)
-      for _ in 0..<12_000 where count() < number && machine.isRunning { usleep(5000) }
+      waitWhile { count() < number && machine.isRunning }
       machine.signal(SIGKILL)
       _ = machine.wait()
       #expect((number..<boots).contains(count()))
@@ -144,7 +144,7 @@ import Testing
     unlink(folder + "/socket")
     let disk = try RunningProgram(
       BuiltPrograms.path("martlet-block"), ["--socket-path=\(folder)/socket", "--blk-file=\(folder)/disk.img"])
-    for _ in 0..<12_000 where access(folder + "/socket", F_OK) != 0 && disk.isRunning { usleep(5000) }
+    waitWhile { access(folder + "/socket", F_OK) != 0 && disk.isRunning }
     return disk
   }
 

@@ -38,7 +38,7 @@ struct DiskServiceTests {
     #expect((latency?["p50_ns"] as? Int ?? 0) > 0)
     let before = sum(found, "requests")
     kill(try #require(home.processes["blk0"]), SIGKILL)
-    for _ in 0..<12_000 where !vm.errorText.contains("served again") { usleep(5000) }
+    waitWhile { !vm.errorText.contains("served again") }
     #expect(try sum(queues(home, "stats"), "requests") >= before)
     #expect(try home.ctl("stats nothing").code == 1)
     vm.signal(SIGTERM)

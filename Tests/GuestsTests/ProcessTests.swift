@@ -67,7 +67,7 @@ final class WholeVM {
   }
 
   func expectNothingLeft(_ location: SourceLocation = #_sourceLocation) {
-    for _ in 0..<12_000 where !processes.isEmpty { usleep(5000) }
+    waitWhile { !processes.isEmpty }
     #expect(processes.isEmpty, sourceLocation: location)
     for pid in processes.values { kill(pid, SIGKILL) }
     for file in (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? [] where !foreignSockets.contains(file) {
@@ -158,7 +158,7 @@ struct ProcessTests {
       time.sleep(30)
       """
     let backEnd = try RunningProgram("/usr/bin/env", ["python3", "-c", script, kind], directory: home.directory)
-    for _ in 0..<12_000 where !backEnd.outputText.contains("up") { usleep(5000) }
+    waitWhile { !backEnd.outputText.contains("up") }
     // A guest that lives: one that ends before its devices are missed has had a good end.
     let result = try home.start(["--cmdline", "test=boot end=hang", "--disk", "vhost_user=on,socket=be", "--deadline", "reply=300"]).wait()
     backEnd.signal(SIGKILL)

@@ -78,7 +78,7 @@ struct RecoveryTests {
     for round in 0..<2 {
       let pid = try #require(home.processes["rng0"])
       kill(pid, SIGKILL)
-      for _ in 0..<12_000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round + 1 { usleep(5000) }
+      waitWhile { vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round + 1 }
     }
     #expect(vm.wait(seconds: 60).code == 0, "\(vm.errorText.suffix(1000))")
     #expect(serial(home).contains("MICRO done ok"), "\(serial(home).suffix(1000))")

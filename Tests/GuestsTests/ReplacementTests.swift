@@ -71,7 +71,7 @@ struct ReplacementTests {
     }
     #expect(pids.count > 3, "\(vm.errorText)")
     // What belongs to the last one goes a moment after the answer.
-    for _ in 0..<12_000 where vm.isRunning && descriptorCounts(home) != counts { usleep(5000) }
+    waitWhile { vm.isRunning && descriptorCounts(home) != counts }
     if vm.isRunning { #expect(descriptorCounts(home) == counts) }
     finish(home, vm)
   }
@@ -89,7 +89,7 @@ struct ReplacementTests {
     #expect(second != first)
     #expect(try home.ctl("devices").output.contains("/other/martlet-block"))
     kill(second, SIGKILL)
-    for _ in 0..<12_000 where !vm.errorText.contains("served again") { usleep(5000) }
+    waitWhile { !vm.errorText.contains("served again") }
     let third = try #require(home.processes["blk0"])
     #expect(try FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(third)/exe").hasSuffix("/other/martlet-block"))
 
@@ -108,7 +108,7 @@ struct ReplacementTests {
     try replace(home, "blk0 --path copy.img")
     #expect(try isFree("disk.img") && !isFree("copy.img"))
     kill(try #require(home.processes["blk0"]), SIGKILL)
-    for _ in 0..<12_000 where vm.errorText.components(separatedBy: "served again").count < 3 { usleep(5000) }
+    waitWhile { vm.errorText.components(separatedBy: "served again").count < 3 }
     #expect(try isFree("disk.img") && !isFree("copy.img"))
     try replace(home, "blk0 --disk path=disk.img,direct=on")
     #expect(try !isFree("disk.img") && isFree("copy.img"))
@@ -161,7 +161,7 @@ struct ReplacementTests {
     let vm = try start(home, "test=blk op=write depth=8 n=200000 span=2")
     home.foreignSockets = ["broken.sock"]
     let broken = try RunningProgram(Self.broken, [home.directory + "/broken.sock"] + words)
-    for _ in 0..<12_000 where access(home.directory + "/broken.sock", F_OK) != 0 { usleep(5000) }
+    waitWhile { access(home.directory + "/broken.sock", F_OK) != 0 }
     let before = home.processes["blk0"]
     let result = try home.ctl("replace blk0 --socket broken.sock")
     let after = home.processes["blk0"]
@@ -222,7 +222,7 @@ struct ReplacementTests {
         "--blockdev", "driver=file,node-name=f,filename=disk.img,locking=off", "--export",
         "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path=qsd.sock",
       ], directory: home.directory)
-    for _ in 0..<12_000 where access(home.directory + "/qsd.sock", F_OK) != 0 { usleep(5000) }
+    waitWhile { access(home.directory + "/qsd.sock", F_OK) != 0 }
     try expectRefusal(home, "blk0 --path copy.img", "copy.img")
     for _ in 0..<2 where vm.isRunning {
       try replace(home, "blk0 --socket qsd.sock")
@@ -238,7 +238,7 @@ struct ReplacementTests {
     if vm.isRunning {
       let before = vm.errorText.components(separatedBy: "served again").count
       kill(try #require(home.processes["blk0"]), SIGKILL)
-      for _ in 0..<12_000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count == before { usleep(5000) }
+      waitWhile { vm.isRunning && vm.errorText.components(separatedBy: "served again").count == before }
     }
     finish(home, vm)
     byHand.signal(SIGTERM)

@@ -41,7 +41,7 @@ struct SpareTests {
     for round in 1...5 {
       let (served, spare) = try pair(home, vm)
       kill(served, SIGKILL)
-      for _ in 0..<12_000 where vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round { usleep(5000) }
+      waitWhile { vm.isRunning && vm.errorText.components(separatedBy: "served again").count <= round }
       let device = try #require(try device(home))
       #expect(device["pid"]?.unsigned == UInt64(spare))
       #expect(home.processes["blk0"] == spare, "its title says that it serves: \(home.processes)")

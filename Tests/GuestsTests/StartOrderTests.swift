@@ -11,7 +11,7 @@ struct StartOrderTests {
     _ = try vm.disk()
     let program = try RunningProgram(
       BuiltPrograms.path("martlet-block"), ["--socket-path=be", "--blk-file=disk.img"], directory: vm.directory)
-    for _ in 0..<12_000 where access(vm.path("be"), F_OK) != 0 { usleep(5000) }
+    waitWhile { access(vm.path("be"), F_OK) != 0 }
     program.signal(SIGSTOP)
     return program
   }

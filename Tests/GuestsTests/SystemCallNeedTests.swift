@@ -233,7 +233,7 @@ struct SystemCallNeedTests {
     #expect(upgrade.code == 0, "\(upgrade.output)")
     let victims = vm.processes
     for name in ["blk0", "net0", "con0"] { kill(try #require(victims[name]), SIGKILL) }
-    for _ in 0..<6000 where program.errorText.components(separatedBy: "served again").count < 4 { usleep(10_000) }
+    waitWhile { program.errorText.components(separatedBy: "served again").count < 4 }
     #expect(program.errorText.components(separatedBy: "served again").count == 4, "\(program.errorText)")
     _ = try vm.ctl("power-button")
     _ = try vm.ctl("reboot")

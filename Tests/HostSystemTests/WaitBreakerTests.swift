@@ -25,7 +25,7 @@ import Testing
   }
 
   private func eventually(_ what: Comment, _ condition: () -> Bool) {
-    for _ in 0..<6000 where !condition() { usleep(5000) }
+    waitWhile { !condition() }
     #expect(condition(), what)
   }
 

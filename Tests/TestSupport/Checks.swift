@@ -11,6 +11,12 @@ public func check(_ condition: Bool, _ comment: String = "", at location: Source
   if !condition { Issue.record(Comment(rawValue: comment.isEmpty ? "Expectation failed" : comment), sourceLocation: location) }
 }
 
+/// Waits as long as something is so, at most two minutes: what comes of it is for the test to look at.
+public func waitWhile(_ condition: () throws -> Bool) rethrows {
+  let end = ContinuousClock.now + .seconds(120)
+  while try condition(), ContinuousClock.now < end { usleep(5000) }
+}
+
 /// Records a failure that shows both values when they differ.
 public func checkEqual<T: Equatable>(_ a: T, _ b: T, at location: SourceLocation = #_sourceLocation) {
   if a != b { Issue.record(Comment(rawValue: "\(a) is not \(b)"), sourceLocation: location) }
