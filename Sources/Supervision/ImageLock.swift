@@ -88,7 +88,7 @@ final class ImageClaims {
   var numbers: [(disk: String, number: CInt)] { held.sorted { $0.key < $1.key }.map { ($0.key, $0.value.file.number) } }
 
   /// Another process has it.
-  func know(_ disk: String) { held[disk] = Claim(file: FDBox(), status: nil) }
+  func know(_ disk: String, _ status: FileStatus?) { held[disk] = Claim(file: FDBox(), status: status) }
 
   /// In a fork, which knows of them and does not have them: the numbers are others' there.
   func abandon() { for claim in held.values { _ = claim.file.take()?.release() } }

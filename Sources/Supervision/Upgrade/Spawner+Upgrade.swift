@@ -165,7 +165,10 @@ extension Supervisor {
       if case .external(let path) = care.kind { state.externals.append(.init(id: care.id, path: path)) }
     }
     state.assignments = assignments
-    state.claims = claims.numbers.map { .init(disk: $0.disk, isHeld: $0.number >= 0) }
+    state.claims = claims.numbers.map { claim in
+      .init(
+        disk: claim.disk, isHeld: claim.number >= 0, file: claims.status(claim.disk).map { .init(device: $0.device, inode: $0.inode) })
+    }
     state.hasGuardian = guardian.hasGuardian
     state.isOnTerminal = guardian.isOnTerminal
     state.settings = guardian.settingBytes
@@ -202,7 +205,7 @@ extension Supervisor {
     var next = CInt(SpawnerUpgrade.agreedDescriptors)
     for claim in state.claims {
       guard claim.isHeld else {
-        claims.know(claim.disk)
+        claims.know(claim.disk, claim.file?.status)
         continue
       }
       claims.take(claim.disk, try UpgradedProgram.adopt(next))

@@ -58,6 +58,16 @@ struct SpawnerState {
     var disk: String
     /// The spawner: it is the next of the descriptors behind the agreed ones.
     var isHeld: Bool
+    /// Which file it is, where that is known.
+    var file: FileNumbers?
+  }
+
+  /// Device and inode.
+  struct FileNumbers: Equatable {
+    var device: UInt64
+    var inode: UInt64
+
+    var status: FileStatus { FileStatus(device: device, inode: inode) }
   }
 
   /// The disk below an image, for the limits of its transfers.
@@ -150,6 +160,10 @@ struct SpawnerState {
     writer.list(claims) { writer, claim in
       writer.text(claim.disk)
       writer.flag(claim.isHeld)
+      writer.optional(claim.file) {
+        $0.number($1.device)
+        $0.number($1.inode)
+      }
     }
     writer.list(externals) { writer, external in
       writer.text(external.id)
@@ -242,7 +256,11 @@ struct SpawnerState {
         id: id, program: program, arguments: arguments, isOnTerminal: isOnTerminal, resourceCount: resourceCount, image: image)
     }
     claims = try reader.list("claims", limit: 256) { reader throws(MessageError) in
-      Claim(disk: try reader.identifier(), isHeld: try reader.flag("claims"))
+      Claim(
+        disk: try reader.identifier(), isHeld: try reader.flag("claims"),
+        file: try reader.optional("claims") { reader throws(MessageError) in
+          FileNumbers(device: try reader.number(), inode: try reader.number())
+        })
     }
     externals = try reader.list("externals", limit: 256) { reader throws(MessageError) in
       External(id: try reader.identifier(), path: try reader.text("path"))
