@@ -69,7 +69,9 @@ struct DeathTests {
     func queue() -> JSONValue? { device(home)?["queues"]?.array?.first }
     kill(Int32(pid), SIGSTOP)
     try wait(vm, "a request that waits") { (queue()?["waiting_ns"]?.unsigned ?? 0) > 1_500_000_000 }
-    #expect(queue()?["waiting"]?.unsigned == 4 || queue()?["waiting"] == .null, "\(String(describing: queue()))")
+    // Fewer than four where it was stopped between an answer and its call.
+    let waiting = queue()?["waiting"]
+    #expect(waiting?.unsigned.map { (1...4).contains($0) } == true || waiting == .null, "\(String(describing: queue()))")
     #expect(try home.ctl("devices").output.contains("\"waiting_ns\""))
     #expect(answer(home, "info")?["state"]?.string == "running")
     #expect(try home.ctl("pause").code == 0)
