@@ -58,7 +58,7 @@ echo MARTLET-DONE
 """
 
 
-@scenario("hot plug: a disk written, removed, added again; one whose back end died; a network card pinged; one taken by force", 240, by_hand=True)
+@scenario("hot plug: a disk written, removed, added again; one whose back end died; a network card pinged; one taken by force", 240)
 def hotplug(trial):
     trial.only_martlet()
     ctl = trial.martlet
