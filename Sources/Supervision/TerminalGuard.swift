@@ -60,8 +60,8 @@ final class TerminalGuard {
     self.walls = walls
     terminal = state.isOnTerminal ? 0 : -1
     hasGuardian = state.hasGuardian
-    files = state.files.map { ($0.path, FileStatus(device: $0.device, inode: $0.inode)) }
-    added = state.added.map { ($0.id, $0.file.path, FileStatus(device: $0.file.device, inode: $0.file.inode)) }
+    files = state.files.map { ($0.path, $0.numbers.status) }
+    added = state.added.map { ($0.id, $0.file.path, $0.file.numbers.status) }
     if !added.isEmpty { csandbox_outlive() }
     _ = signal(SIGTTOU, SIG_IGN)
     // SAFETY: the state was read with exactly so many bytes, and any bytes are settings.

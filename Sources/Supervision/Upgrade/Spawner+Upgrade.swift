@@ -155,7 +155,7 @@ extension Supervisor {
         if let known = care.image, let status = known.status {
           image = .init(
             readOnly: known.readOnly, isShared: known.isShared,
-            file: .init(path: known.path, device: status.device, inode: status.inode))
+            file: .init(path: known.path, numbers: .init(status)))
         }
         state.own.append(
           .init(
@@ -167,13 +167,13 @@ extension Supervisor {
     state.assignments = assignments
     state.claims = claims.numbers.map { claim in
       .init(
-        disk: claim.disk, isHeld: claim.number >= 0, file: claims.status(claim.disk).map { .init(device: $0.device, inode: $0.inode) })
+        disk: claim.disk, isHeld: claim.number >= 0, file: claims.status(claim.disk).map { .init($0) })
     }
     state.hasGuardian = guardian.hasGuardian
     state.isOnTerminal = guardian.isOnTerminal
     state.settings = guardian.settingBytes
-    state.files = guardian.files.map { .init(path: $0.path, device: $0.status.device, inode: $0.status.inode) }
-    state.added = guardian.added.map { .init(id: $0.id, file: .init(path: $0.path, device: $0.status.device, inode: $0.status.inode)) }
+    state.files = guardian.files.map { .init(path: $0.path, numbers: .init($0.status)) }
+    state.added = guardian.added.map { .init(id: $0.id, file: .init(path: $0.path, numbers: .init($0.status))) }
     state.groups = groups?.known
     state.storage = storage.sorted { $0.key < $1.key }.map { .init(id: $0.key, major: $0.value.major, minor: $0.value.minor) }
     return state
@@ -215,8 +215,8 @@ extension Supervisor {
     for known in state.storage { storage[known.id] = StorageDevice(major: known.major, minor: known.minor) }
     for own in state.own {
       let image = own.image.map { image in
-        let status = FileStatus(device: image.file.device, inode: image.file.inode)
-        return DeviceCare.Image(path: image.file.path, readOnly: image.readOnly, isShared: image.isShared, status: status)
+        DeviceCare.Image(
+          path: image.file.path, readOnly: image.readOnly, isShared: image.isShared, status: image.file.numbers.status)
       }
       let care = DeviceCare(
         own.id, .program(own.program, arguments: own.arguments, isOnTerminal: own.isOnTerminal),

@@ -24,11 +24,33 @@ struct SpawnerState {
     var processID: UInt32
   }
 
+  /// Which file it is.
+  struct FileNumbers {
+    var device: UInt64
+    var inode: UInt64
+
+    init(_ status: FileStatus) {
+      device = status.device
+      inode = status.inode
+    }
+
+    init(_ reader: inout WireReader) throws(MessageError) {
+      device = try reader.number()
+      inode = try reader.number()
+    }
+
+    func write(_ writer: inout WireWriter) {
+      writer.number(device)
+      writer.number(inode)
+    }
+
+    var status: FileStatus { FileStatus(device: device, inode: inode) }
+  }
+
   /// A file as it was when it was opened first.
   struct File {
     var path: String
-    var device: UInt64
-    var inode: UInt64
+    var numbers: FileNumbers
   }
 
   /// A device of a program of ours.
@@ -60,14 +82,6 @@ struct SpawnerState {
     var isHeld: Bool
     /// Which file it is, where that is known.
     var file: FileNumbers?
-  }
-
-  /// Device and inode.
-  struct FileNumbers: Equatable {
-    var device: UInt64
-    var inode: UInt64
-
-    var status: FileStatus { FileStatus(device: device, inode: inode) }
   }
 
   /// The disk below an image, for the limits of its transfers.
@@ -141,8 +155,7 @@ struct SpawnerState {
     }
     func write(_ file: File, _ writer: inout WireWriter) {
       writer.text(file.path)
-      writer.number(file.device)
-      writer.number(file.inode)
+      file.numbers.write(&writer)
     }
     writer.list(assignments) { $0.packet(SupervisorMessage.device($1).encode(sequence: 0)) }
     writer.list(own) { writer, own in
@@ -160,10 +173,7 @@ struct SpawnerState {
     writer.list(claims) { writer, claim in
       writer.text(claim.disk)
       writer.flag(claim.isHeld)
-      writer.optional(claim.file) {
-        $0.number($1.device)
-        $0.number($1.inode)
-      }
+      writer.optional(claim.file) { $1.write(&$0) }
     }
     writer.list(externals) { writer, external in
       writer.text(external.id)
@@ -235,7 +245,7 @@ struct SpawnerState {
       return Jailed(id: id, identity: identity, processID: processID)
     }
     func file(_ reader: inout WireReader) throws(MessageError) -> File {
-      File(path: try reader.text("file"), device: try reader.number(), inode: try reader.number())
+      File(path: try reader.text("file"), numbers: try FileNumbers(&reader))
     }
     assignments = try reader.list("assignments", limit: 31) { reader throws(MessageError) in
       guard case .device(let device) = try SupervisorMessage.decode(reader.packet("assignments"), descriptorCount: 1).message else {
@@ -258,9 +268,7 @@ struct SpawnerState {
     claims = try reader.list("claims", limit: 256) { reader throws(MessageError) in
       Claim(
         disk: try reader.identifier(), isHeld: try reader.flag("claims"),
-        file: try reader.optional("claims") { reader throws(MessageError) in
-          FileNumbers(device: try reader.number(), inode: try reader.number())
-        })
+        file: try reader.optional("claims") { reader throws(MessageError) in try FileNumbers(&reader) })
     }
     externals = try reader.list("externals", limit: 256) { reader throws(MessageError) in
       External(id: try reader.identifier(), path: try reader.text("path"))
