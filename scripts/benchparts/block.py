@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 
+import pages
+from pages import DOCS
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUILD = os.environ.get("MARTLET_BUILD", os.path.join(ROOT, ".build/release"))
-DOCS = os.path.join(ROOT, "docs")
 PROBE, BLOCK = os.path.join(BUILD, "martlet-probe"), os.path.join(BUILD, "martlet-block")
 GIB = 1 << 30
 
@@ -378,13 +380,6 @@ def guest(images, arguments):
     return result
 
 
-def machine():
-    with open("/proc/cpuinfo") as file:
-        name = re.search(r"model name\s*:\s*(.*)", file.read())
-    version = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    return f"{os.cpu_count()} processors ({name[1] if name else 'unknown'}), Linux {os.uname().release}, {version}"
-
-
 # MARK: Report
 
 def microseconds(nanoseconds):
@@ -505,22 +500,14 @@ def report(kept):
 def write_docs(kept, text):
     with open(os.path.join(DOCS, "block.svg"), "w") as file:
         file.write(plot(kept))
-    path = os.path.join(DOCS, "benchmarks.md")
-    with open(path) as file:
-        page = file.read()
-    begin, end = "<!-- block: written by scripts/bench block --docs -->\n", "<!-- end of block -->\n"
-    if begin not in page:
-        page += "\n" + begin + end
-    head, rest = page.split(begin)
-    with open(path, "w") as file:
-        file.write(head + begin + "```\n" + text + "\n```\n\n![Ratios](block.svg)\n" + end + rest.split(end)[1])
+    pages.write_docs("block", text, "![Ratios](block.svg)")
 
 
 def run(arguments):
     if not shutil.which("qemu-storage-daemon"):
         print("scripts/bench block: qemu-storage-daemon is missing", file=sys.stderr)
         return 2
-    kept = {"machine": machine(), "cases": {}}
+    kept = {"machine": pages.machine(), "cases": {}}
     if arguments.keep and os.path.exists(arguments.keep):
         with open(arguments.keep) as file:
             kept = json.load(file)

@@ -7,13 +7,11 @@ import statistics
 import subprocess
 import sys
 
-from block import machine
+import pages
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUILD = os.environ.get("MARTLET_BUILD", os.path.join(ROOT, ".build/release"))
 PROBE = os.path.join(BUILD, "martlet-probe")
-
-DOCS = os.path.join(ROOT, "docs/benchmarks.md")
 
 BAR_REQUESTS, BAR_REQUEST_NS = 4e6, 250
 BAR_FRAMES = 20e6
@@ -94,25 +92,15 @@ def network(rounds, seconds):
     return 0 if fast else 1
 
 
-def write_docs(text):
-    """Puts what was printed into its place in docs/benchmarks.md."""
-    with open(DOCS) as file:
-        page = file.read()
-    begin, end = "<!-- probe: written by scripts/bench probe --docs -->\n", "<!-- end of probe -->\n"
-    head, rest = page.split(begin)
-    with open(DOCS, "w") as file:
-        file.write(head + begin + "```\n" + text + "\n```\n" + end + rest.split(end)[1])
-
-
 def run(arguments):
     if not os.access(PROBE, os.X_OK):
         sys.exit(f"scripts/bench: {PROBE} is missing; run: swift build -c release --disable-local-rpath")
     if os.cpu_count() < 2:
         print("scripts/bench probe needs two processors")
         return 2
-    say(f"{machine()}, load {os.getloadavg()[0]:.1f} before")
+    say(f"{pages.machine()}, load {os.getloadavg()[0]:.1f} before")
     results = [block(arguments.runs, arguments.seconds), network(arguments.runs, arguments.seconds)]
     if arguments.docs:
         words = ["scripts/bench probe", f"--runs {arguments.runs}", f"--seconds {arguments.seconds:g}", "--docs"]
-        write_docs("$ " + " ".join(words) + "\n" + "\n".join(said))
+        pages.write_docs("probe", "$ " + " ".join(words) + "\n" + "\n".join(said))
     return max(results)

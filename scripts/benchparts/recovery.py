@@ -16,10 +16,12 @@ import sys
 import tempfile
 import time
 
+import pages
+from pages import DOCS
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUILD = os.environ.get("MARTLET_BUILD", os.path.join(ROOT, ".build/release"))
 MICRO = os.path.join(ROOT, ".build/micro")
-DOCS = os.path.join(ROOT, "docs")
 
 # Where the core's addresses for back ends begin.
 SHARED_BASE = 1 << 46
@@ -254,26 +256,9 @@ def plot(curves):
         file.write("\n".join(parts) + "\n")
 
 
-def machine():
-    with open("/proc/cpuinfo") as file:
-        name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    daemon = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True).stdout.splitlines()
-    return f"{os.cpu_count()} processors ({name}), Linux {os.uname().release}, {daemon[0] if daemon else 'no storage daemon'}"
-
-
-def write_docs(text):
-    path = os.path.join(DOCS, "benchmarks.md")
-    with open(path) as file:
-        page = file.read()
-    begin, end = "<!-- recovery: written by scripts/bench recovery --docs -->\n", "<!-- end of recovery -->\n"
-    head, rest = page.split(begin)
-    with open(path, "w") as file:
-        file.write(head + begin + "```\n" + text + "\n```\n\n![Requests answered around the kill](recovery.svg)\n" + end + rest.split(end)[1])
-
-
 def table(gaps, sides, arguments, cost):
     """What was measured as text, and whether it is within the bars."""
-    lines = [machine(), f"time without a completion, ms; {arguments.rounds} rounds A B B A of {arguments.kills} kills or replacements, "
+    lines = [pages.machine(), f"time without a completion, ms; {arguments.rounds} rounds A B B A of {arguments.kills} kills or replacements, "
              f"load {os.getloadavg()[0]:.1f} at the end"]
     within = True
     for depth in (1, 32):
@@ -317,5 +302,5 @@ def run(arguments):
     print(text)
     if arguments.docs:
         plot(curves)
-        write_docs(text)
+        pages.write_docs("recovery", text, "![Requests answered around the kill](recovery.svg)")
     return 0 if within else 1
