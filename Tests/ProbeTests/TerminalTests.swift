@@ -31,7 +31,7 @@ struct TerminalTests {
     .enabled(if: access("/usr/bin/script", X_OK) == 0, "Needs script (Debian's bsdutils)."), arguments: long)
   func onTerminal(long: Long) throws {
     let keyboard = Pipe()
-    let command = ([Self.probe] + long.words + ["--", Self.broken, "'{socket}'", long.type]).joined(separator: " ")
+    let command = (["exec", Self.probe] + long.words + ["--", Self.broken, "'{socket}'", long.type]).joined(separator: " ")
     let program = try RunningProgram("/usr/bin/script", ["-qec", command, "/dev/null"], input: keyboard.fileHandleForReading)
     let patience = Date().addingTimeInterval(60)
     // Written over and over again in one line.

@@ -127,10 +127,14 @@ struct UpgradeTests {
     let before = processes(home)
     let count = settledDescriptors(try #require(before["supervisor"]))
     try install(BuiltPrograms.path("martlet-fake"), home)
-    let answer = try home.ctl("upgrade-supervisor")
+    var answer = try home.ctl("upgrade-supervisor")
+    // The kernel leaves out audit records when many come at once, and then nobody can know which call it was.
+    for _ in 0..<20 where name == "up-call" && geteuid() == 0 && answer.errors.contains("calls a system call when") {
+      usleep(500_000)
+      answer = try home.ctl("upgrade-supervisor")
+    }
     #expect(answer.code == 1)
-    let canReadLog = geteuid() == 0
-    if name != "up-call" || canReadLog { #expect(answer.errors.contains(sentence), "\(answer.errors)") }
+    if name != "up-call" || geteuid() == 0 { #expect(answer.errors.contains(sentence), "\(answer.errors)") }
     #expect(answer.errors.contains("Not upgraded, and nothing has changed"), "\(answer.errors)")
     home.waitUntil("the processes of before: \(processes(home))") { processes(home) == before }
     home.waitUntil("descriptors") { descriptors(before["supervisor"] ?? 0) == count }

@@ -140,8 +140,19 @@ class Martlet:
         return json.loads(self.control(running, f"--json {verb}"))
 
     def processes(self, running):
-        """Process numbers of a running machine by id: core, serial and the devices."""
-        return {one["id"]: one["pid"] for one in self.ask(running, "info")["processes"]}
+        """Process numbers of a running machine by id: core, serial and the devices, without those that have ended."""
+        return {one["id"]: one["pid"] for one in self.ask(running, "info")["processes"] if one["process"] in ("starting", "running")}
+
+    def kill(self, running, name):
+        """Kills a process by its id; False when there is none at the moment, because it ended and is not started again yet."""
+        victim = self.processes(running).get(name)
+        if victim is None:
+            return False
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
 
     def power_button(self, running):
         self.control(running, "power-button")

@@ -34,11 +34,9 @@ class Killer:
 
     def kill(self):
         """One kill, and service after it."""
-        victim = self.control.processes(self.running).get(self.name)
-        if not victim:
-            return time.sleep(0.05)
         before = self.state()["restarts"]
-        os.kill(victim, signal.SIGKILL)
+        if not self.control.kill(self.running, self.name):
+            return time.sleep(0.05)
         self.kills += 1
         deadline = time.monotonic() + 60
         while self.state()["restarts"] == before:

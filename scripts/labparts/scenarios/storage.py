@@ -364,6 +364,7 @@ vd=/dev/$(disk work)
 echo MARTLET-READY
 succeeds fio tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --ioengine=libaio --direct=1 --iodepth=16 --size=12m --time_based --runtime=25 \\
   --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=200 --thread --eta=never
+sleep 3 # So that the last kill is over before the machine is off.
 """
 
 
@@ -377,11 +378,8 @@ def disk_killed(trial):
         nonlocal kills
         running.wait_for("MARTLET-READY", 100)
         while b"MARTLET-CHECK fio" not in running.output and running.process.poll() is None:
-            victim = trial.martlet.processes(running).get("blk0")
-            if victim:
-                os.kill(victim, signal.SIGKILL)
-                kills += 1
-            time.sleep(1)
+            kills += trial.martlet.kill(running, "blk0")
+            running.read_on(1)
 
     trial.run(TOOLS + KILLED, "fio", 230, disks=[Disk(image, serial="work", keys=",restart-limit=1000"), trial.tools()], cpus=2, meanwhile=kill_it)
     if kills < 10:
