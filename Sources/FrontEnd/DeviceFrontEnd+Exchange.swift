@@ -73,10 +73,9 @@ extension DeviceFrontEnd {
     case .contacting, .preparing, .ready, .awaiting:
       exchange = .none
       candidate = nil
-    case .draining: failExchange(.closed(midMessage: false), now)
-    case .starting:
+    case .draining, .starting:
       failExchange(.closed(midMessage: false), now)
-      undo(now)
+      if exchange == .failed { undo(now) }
     case .failed: undo(now)
     case .exchanged:
       exchange = .none
@@ -219,9 +218,7 @@ extension DeviceFrontEnd {
   func finishDraining(_ bases: [VringState], _ now: MonotonicTime) {
     oldBases = bases
     switch exchange {
-    case .draining:
-      drainDeadline = nil
-      startCandidate(bases, now)
+    case .draining: settle(bases, .exchange, now)
     case .undoing: resumeOld(now)
     default: break
     }
@@ -229,7 +226,8 @@ extension DeviceFrontEnd {
 
   /// Nothing more is in flight at the old one: what is recorded there goes on being recorded in the same place, if the new one
   /// records at all.
-  private func startCandidate(_ bases: [VringState], _ now: MonotonicTime) {
+  func startCandidate(_ bases: [VringState], _ now: MonotonicTime) {
+    drainDeadline = nil
     exchange = .starting
     candidate?.begin(at: bases, session?.inflight ?? inflight, now: now)
   }
@@ -264,14 +262,15 @@ extension DeviceFrontEnd {
   }
 
   /// The new one cannot, or the old one takes too long.
-  private func failExchange(_ error: VhostUserError, _ now: MonotonicTime) {
-    let wasDraining = exchange == .draining
+  func failExchange(_ error: VhostUserError, _ now: MonotonicTime, hasStopped: Bool = false) {
+    let isBeingStopped = exchange == .draining && settling == nil && !hasStopped
+    settling = nil
     hasFailedBegun = candidate?.hasBegunRings ?? false
     candidate = nil
     drainDeadline = nil
     events.append(.exchangeFailed("\(error)"))
     // What it had begun it may go on with until its process has ended.
-    exchange = wasDraining ? .undoing : .failed
+    exchange = isBeingStopped ? .undoing : .failed
   }
 
   /// The old one goes on from where it was, or from where the new one has brought the rings.
@@ -320,6 +319,7 @@ extension DeviceFrontEnd {
     guard exchange != .exchanged else { return }
     exchange = .none
     candidate = nil
+    settling = nil
     drainDeadline = nil
     guard answers else { return }
     let sentence = "the back end to be replaced was lost meanwhile"
@@ -327,7 +327,7 @@ extension DeviceFrontEnd {
   }
 
   func handleDrainTimeout(_ now: MonotonicTime) {
-    guard let deadline = drainDeadline, deadline <= now, exchange == .draining else { return }
+    guard let deadline = drainDeadline, deadline <= now, exchange == .draining, settling == nil else { return }
     failExchange(.noReply(to: "GET_VRING_BASE", milliseconds: Int(drainTime.nanoseconds / 1_000_000)), now)
   }
 

@@ -13,6 +13,7 @@ extension DeviceFrontEnd {
     // Without rings that have run nothing is in flight: an area from before a reset speaks of rings that are no more.
     inflight = hasRun ? session?.inflight ?? inflight : nil
     session?.abandon()
+    settling = nil
     telling = nil
     calls = [:]
     configurationIsStale = false

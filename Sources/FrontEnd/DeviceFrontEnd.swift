@@ -118,6 +118,8 @@ package final class DeviceFrontEnd {
   var findings: [ReplacementCheck.Finding] = []
   var drainTime = Duration.zero
   var drainDeadline: MonotonicTime?
+  /// Rings that have stopped, and requests of theirs that may still be under way.
+  var settling: Settling?
   /// Where the old one's rings stopped.
   var oldBases: [VringState] = []
   var hasFailedBegun = false
@@ -162,7 +164,9 @@ package final class DeviceFrontEnd {
   package var socketNumber: CInt? { session?.socketNumber }
   /// From `.ready` on, if the back end may tell of configuration changes.
   package var channelNumber: CInt? { session?.channelNumber }
-  package var deadline: MonotonicTime? { [session?.deadline, candidate?.deadline, drainDeadline].compactMap { $0 }.min() }
+  package var deadline: MonotonicTime? {
+    [session?.deadline, candidate?.deadline, drainDeadline, settling?.nextLook].compactMap { $0 }.min()
+  }
   /// While there is a back end that might take over.
   package var candidateNumber: CInt? { candidate?.socketNumber }
 
@@ -185,6 +189,7 @@ package final class DeviceFrontEnd {
     session?.handleTimeout(now: now)
     candidate?.handleTimeout(now: now)
     handleDrainTimeout(now)
+    lookWhetherSettled(now)
     work(now)
   }
 
@@ -301,7 +306,7 @@ package final class DeviceFrontEnd {
         return tellNeedsReset()
       }
       vrings.append(vring)
-      usedRings[queue.index] = queue.device
+      if !activation.features.contains(.packedRing) { usedRings[queue.index] = queue.device }
     }
     activeQueues = vrings.map(\.index)
     watches = activation.queues.compactMap { QueueWatch($0, activation.features, of: deviceType) }
@@ -407,16 +412,12 @@ package final class DeviceFrontEnd {
     case .prepared: break
     case .stopped(let bases):
       if isExchanging { return finishDraining(bases, now) }
-      guard state == .pausing else { break }
-      state = .paused
-      events.append(.paused)
+      settle(bases, .pause, now)
     case .resumed:
       if isExchanging { return finishUndoing(now) }
       if state == .activating { state = .running }
       finishResume(now)
-    case .reset:
-      if state == .resetting { state = .idle }
-      completeReset()
+    case .reset(let bases): settle(bases, .reset, now)
     case .configuration(let offset, let bytes):
       telling = nil
       // A write that came meanwhile is newer than what was read.
@@ -463,6 +464,7 @@ package final class DeviceFrontEnd {
     abandonExchange()
     let wasPausing = state == .pausing || awaitsPause
     awaitsPause = false
+    settling = nil
     state = .lost
     session?.abandon()
     activation = nil

@@ -66,10 +66,10 @@ extension FrontEndSession {
       isRunning = false
       hasBegunRings = false
       activation = nil
-      bases = []
       // A reset guest starts with a new area.
       inflight = nil
-      events.append(.reset)
+      events.append(.reset(bases))
+      bases = []
     case .readConfiguration, .writeConfiguration: break  // said when the answer came
     case .replaceCall(let index, _): events.append(.callReplaced(index: index))
     }
@@ -175,10 +175,18 @@ extension FrontEndSession {
     guard isRunning, let activation else { return [] }
     bases = []
     let suspends = mode == .suspend && offer?.protocolFeatures.contains(.getVringBaseInflight) == true
+    let isRecorded = offer?.protocolFeatures.contains(.inflightShmFD) == true
     return activation.vrings.map { vring in
-      Step(
+      var step = Step(
         message: .getVringBase(VringState(index: UInt32(vring.index), number: suspends ? 1 : 0)),
         timeout: suspends ? configuration.timeouts.suspend : configuration.timeouts.drain)
+      // QEMU's storage daemon (7.2) finishes requests after its answer, and panics if it has no call descriptor then: stopping
+      // a ring took it. It sees both messages in one go.
+      if !isRecorded, let call = vring.call {
+        step.companion = Companion(
+          message: .setVringCall(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), descriptors: [call])
+      }
+      return step
     }
   }
 }

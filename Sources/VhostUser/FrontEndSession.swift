@@ -27,8 +27,8 @@ public struct FrontEndSession: ~Copyable {
     case stopped([VringState])
     /// The rings that `stop` stopped run again.
     case resumed
-    /// The device is as before the first activation.
-    case reset
+    /// The device is as before the first activation; with the base at which each ring had stopped.
+    case reset([VringState])
     case configuration(offset: Int, bytes: [UInt8])
     case configurationWritten
     /// The back end did not give, or take, the configuration bytes; the device goes on.
@@ -63,6 +63,13 @@ public struct FrontEndSession: ~Copyable {
     var message: FrontEndMessage
     var descriptors: [SharedDescriptor] = []
     var timeout: Duration
+    /// Goes out behind `message` without waiting for the answer to that, and is not acknowledged.
+    var companion: Companion?
+  }
+
+  struct Companion: Sendable {
+    var message: FrontEndMessage
+    var descriptors: [SharedDescriptor]
   }
 
   /// A request whose answer has not come.
@@ -311,5 +318,10 @@ public struct FrontEndSession: ~Copyable {
     try connection.send(
       header, payload,
       descriptors: step.descriptors.map { $0.fd.rawValue })
+    if let companion = step.companion {
+      let header = companion.message.header(needsReply: false)
+      recorder.note(.frontEnd, header, companion.message.payload, companion.message.attachmentKinds, now)
+      try connection.send(header, companion.message.payload, descriptors: companion.descriptors.map { $0.fd.rawValue })
+    }
   }
 }

@@ -40,6 +40,8 @@ public enum VhostUserError: Error, Equatable, Sendable {
   case incompleteMessage
   /// A reply did not come in time.
   case noReply(to: String, milliseconds: Int)
+  /// Rings were stopped by GET_VRING_BASE, and what had been taken from them was not finished in time.
+  case unfinished(rings: Int)
   /// The peer lacks a feature that is needed.
   case missingFeature(String)
   /// What the peer offers now is less than what was fixed at first contact.
@@ -79,6 +81,8 @@ extension VhostUserError: CustomStringConvertible {
     case .peerRefused(let request, let code): "The peer refused \(request) with code \(code)"
     case .closed(true): "The peer closed the connection in the middle of a message"
     case .closed(false): "The peer closed the connection"
+    case .unfinished(let rings):
+      "The peer answered GET_VRING_BASE with requests in flight, and those of \(rings) ring\(rings == 1 ? "" : "s") were not finished in time"
     case .incompleteMessage: "The peer began a message and did not finish it in time"
     case .noReply(let request, let milliseconds): "The peer did not answer \(request) within \(milliseconds) ms"
     case .missingFeature(let feature): "The peer does not offer \(feature), which is needed"

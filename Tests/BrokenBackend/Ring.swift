@@ -29,6 +29,8 @@ final class Ring {
   var isStarted = false
   var done: UInt32 = 0
   var wasKicked = false
+  /// Has been stopped, and goes on.
+  var isLate = false
   /// For translations of its own place.
   var isWaiting = false
 }

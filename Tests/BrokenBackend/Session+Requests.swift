@@ -10,6 +10,7 @@ import VirtioSpec
 extension Session {
   func process(_ ring: Ring) {
     guard ring.isStarted, ring.isEnabled, ring.wasKicked || has("polls") else { return }
+    if has("stop-late"), !ring.isLate { return }
     ring.wasKicked = false
     guard let index = rings.firstIndex(where: { $0 === ring }) else { return }
     if has("last-queue"), index == rings.count - 1 { return }

@@ -28,7 +28,9 @@ final class FakeHost: DeviceHost {
   var usedIndices: [UInt64: UInt16] = [:]
   var words: [UInt64: UInt16] = [:]
   func word(at address: UInt64) -> UInt16? { words[address] }
-  func usedIndex(ofUsedRing address: UInt64) -> UInt16? { usedIndices[address] ?? 0 }
+  /// A used ring that nobody said anything about stands where the back end stops rings.
+  var usedIndex: UInt16 = 5
+  func usedIndex(ofUsedRing address: UInt64) -> UInt16? { usedIndices[address] ?? usedIndex }
   func update(_ change: (inout VirtioPCIFunction) -> [TransportEffect]) { effects += change(&function) }
 
   var status: UInt8 { function.state.status.rawValue }
@@ -108,8 +110,10 @@ final class Bench {
   /// Which memory object the back end records in.
   func area() throws -> UInt64? { try backDevice.inflight?.fd.status().inode }
   /// Waits longer than any deadline but that of draining.
-  func expire() {
-    now = now.advanced(by: .seconds(2))
+  func expire() { pass(.seconds(2)) }
+
+  func pass(_ time: Duration) {
+    now = now.advanced(by: time)
     device.handleTimeout(now: now)
   }
 
@@ -179,6 +183,43 @@ final class Bench {
     try bench.settle()
     checkEqual(bench.backDevice.log, ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 0 enabled"])
     #expect(bench.events == [])
+  }
+
+  @Test func aResetIsOverWhenWhatWasTakenIsAnswered() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    bench.host.usedIndices = [0x6000: 4]
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    try bench.settle()
+    checkEqual(bench.backDevice.log.suffix(3), ["stop 0", "stop 1", "reset"])
+    #expect(bench.host.status != 0 && bench.device.state == .resetting)
+    // Asked for again, and paused: nothing of that makes it over sooner.
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    bench.device.pause(now: bench.now)
+    bench.pass(.seconds(1))
+    try bench.settle()
+    #expect(bench.host.status != 0 && bench.device.state == .pausing)
+    bench.host.usedIndices = [:]
+    bench.pass(.milliseconds(1))
+    try bench.settle()
+    #expect(bench.host.status == 0 && bench.device.state == .paused)
+    bench.device.resume(now: bench.now)
+    try bench.settle()
+    #expect(bench.device.state == .idle && bench.device.deadline == nil)
+  }
+
+  @Test func whoNeverAnswersWhatItTookIsLost() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    bench.host.usedIndices = [0x6000: 4]
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    try bench.settle()
+    bench.pass(.seconds(31))
+    try bench.settle()
+    check(bench.events.contains(.lost(.unfinished(rings: 1))))
+    #expect(bench.host.status == 0 && bench.device.state == .lost)
   }
 
   @Test func aResetDuringActivationIsDoneInOrder() throws {

@@ -95,6 +95,7 @@ extension Bench {
     bench.write(VirtioPCILayout.device + 32, 1, 5)
     try new.settle(bench)
     checkEqual(new.device.log, ["write 32 [5]"])
+    bench.host.usedIndex = 10
     bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
     try new.settle(bench)
     #expect(bench.host.status == 0)
@@ -203,6 +204,88 @@ extension Bench {
     #expect(!new.device.log.contains { $0.hasPrefix("start") })
   }
 
+  /// The storage daemon of QEMU 7.2: it says where it stopped and finishes what it had taken afterwards.
+  @Test func aRingWhoseBackEndIsStillAtWorkIsNotHandedOn() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    let new = try Successor(bench)
+    try new.settle(bench)
+    bench.host.usedIndices = [0x2000: 3]
+    check(bench.device.exchange(drain: .seconds(1), now: bench.now))
+    try new.settle(bench)
+    #expect(bench.device.state == .exchanging)
+    check(!new.device.log.contains { $0.hasPrefix("start") })
+    bench.pass(.milliseconds(100))
+    try new.settle(bench)
+    check(!new.device.log.contains { $0.hasPrefix("start") })
+    bench.host.usedIndices = [:]
+    bench.pass(.milliseconds(1))
+    try new.settle(bench)
+    check(bench.events.contains(.exchanged))
+    checkEqual(new.device.log.suffix(2), ["start 0 size 64 base 5 enabled", "start 1 size 64 base 5 enabled"])
+    #expect(bench.device.state == .running && bench.device.deadline == nil)
+  }
+
+  @Test func whoNeverFinishesWhatItHadTakenGoesOn() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    let new = try Successor(bench)
+    try new.settle(bench)
+    bench.host.usedIndices = [0x2000: 3]
+    check(bench.device.exchange(drain: .milliseconds(500), now: bench.now))
+    try new.settle(bench)
+    bench.backDevice.log = []
+    bench.pass(.milliseconds(501))
+    try new.settle(bench)
+    check(bench.events.contains { if case .exchangeFailed(let why) = $0 { why.contains("of 1 ring were not finished") } else { false } })
+    bench.device.forget(now: bench.now)
+    try new.settle(bench)
+    #expect(bench.device.state == .running)
+    checkEqual(bench.backDevice.log, ["start 0 size 64 base 5 enabled", "start 1 size 64 base 5 enabled"])
+    check(!new.device.log.contains { $0.hasPrefix("start") })
+  }
+
+  @Test(arguments: [true, false])
+  func aCandidateThatGoesWhileTheOldOneFinishesChangesNothing(dies: Bool) throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    let new = try Successor(bench)
+    try new.settle(bench)
+    bench.host.usedIndices = [0x2000: 3]
+    check(bench.device.exchange(drain: .seconds(1), now: bench.now))
+    try new.settle(bench)
+    if dies { new.back = nil }
+    try new.settle(bench)
+    bench.device.forget(now: bench.now)
+    try new.settle(bench)
+    check(bench.hasFailed)
+    #expect(bench.device.state == .running)
+    bench.host.usedIndices = [:]
+    bench.host.usedIndex = 10
+    bench.write(VirtioPCI.Common.deviceStatus, 1, 0)
+    try bench.settle()
+    #expect(bench.host.status == 0 && bench.device.state == .idle)
+  }
+
+  @Test func packedRingsWithRequestsInFlightAreNotHandedOn() throws {
+    let bench = try Bench()
+    bench.startDriver([Bench.features, .packedRing])
+    try bench.settle()
+    let new = try Successor(bench)
+    try new.settle(bench)
+    check(bench.device.exchange(drain: .seconds(1), now: bench.now))
+    try new.settle(bench)
+    // 5: taken up to there, answered up to 0.
+    check(bench.hasFailed)
+    bench.device.forget(now: bench.now)
+    try new.settle(bench)
+    #expect(bench.device.state == .running)
+    check(!new.device.log.contains { $0.hasPrefix("start") })
+  }
+
   @Test func anOldOneThatDiesMeanwhileIsADeathAsAnyOther() throws {
     let bench = try Bench()
     bench.device.awaitsSuccessor = true
@@ -217,6 +300,7 @@ extension Bench {
     try new.settle(bench)
     #expect(bench.device.state == .detached && bench.hasFailed)
     // The candidate of before is not one any more; another one may come.
+    bench.host.usedIndex = 0
     let other = try Successor(bench)
     try other.settle(bench)
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
@@ -240,8 +324,12 @@ extension Bench {
     bench.device.pause(now: bench.now)
     bench.backDevice.drains = false
     try bench.finishStop(0)
+    bench.host.usedIndex = 10
+    try new.settle(bench)
+    bench.pass(.milliseconds(1))
     try new.settle(bench)
     check(bench.events.contains(.exchanged) && bench.events.contains(.paused))
+    bench.host.usedIndex = 15
     bench.device.resume(now: bench.now)
     try new.settle(bench)
     #expect(bench.host.status == 0 && bench.device.state == .idle)

@@ -147,6 +147,26 @@ enum RingCases {
       _ = try client.link.stop(client.ring.index)
       try context.expect(try client.tryPing(within: .milliseconds(150)) == nil, "a request of a stopped ring was completed")
     },
+    CheckCase(
+      "stop.at-rest", "What was taken from a ring is finished before GET_VRING_BASE is answered, and nothing after it",
+      "vhost-user, GET_VRING_BASE"
+    ) { context in
+      let client = try context.client()
+      for _ in 0..<16 { _ = try client.offerPing(kick: false) }
+      client.ring.kick.signal()
+      let base = try client.link.stop(client.ring.index)
+      func finished() throws -> Int {
+        var count = 0
+        while try client.takeUsed(within: .zero) != nil { count += 1 }
+        return count
+      }
+      let before = try finished()
+      usleep(250_000)
+      let after = try finished()
+      try context.expect(
+        after == 0 && Int(base) == before,
+        "base \(base) with \(before) requests finished; \(after) were finished after the answer")
+    },
     CheckCase("stop.resume", "A stopped ring goes on at the base it was stopped at", "vhost-user, GET_VRING_BASE") { context in
       let client = try context.client()
       for _ in 0..<3 { try client.ping() }
