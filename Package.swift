@@ -120,7 +120,7 @@ let testTargets: [Target] = [
     name: "HostileAttacks", path: "Tests/HostileAttacks",
     cSettings: [.unsafeFlags(["-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"])]),
   .executableTarget(
-    name: "martlet-hostile", dependencies: ["CSandbox", "HostSystem", "HostileAttacks", "Sandbox"].map { .byName(name: $0) },
+    name: "martlet-hostile", dependencies: ["CLinux", "CSandbox", "HostSystem", "HostileAttacks", "Sandbox"].map { .byName(name: $0) },
     path: "Tests/HostileProgram", swiftSettings: strict, linkerSettings: staticPIE),
   tests("HostSystemTests", ["CLinux", "HostSystem", "TestSupport"]),
   tests("VirtioSpecTests", ["VirtioSpec"]),
@@ -158,7 +158,7 @@ let testTargets: [Target] = [
     ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "ControlProtocol", "BackendKit", "Probe", "TestSupport"]),
   tests("MonitorTests", everything + ["TestSupport"]),
   tests("ConformanceTests", everything + ["TestSupport"]),
-  tests("IsolationTests", everything + ["TestSupport"]),
+  tests("IsolationTests", everything + ["CSandbox", "TestSupport"]),
   tests("GuestsTests", everything + ["TestSupport"]),
 ]
 

@@ -163,12 +163,9 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 9, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mmap"),
         SystemCallRule(number: 11, reason: "munmap"),
         SystemCallRule(
-          number: 10, conditions: [.init(argument: 2, test: .masked(0x4, equals: 0))], reason: "mprotect"),
-        SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 4))], reason: "madvise"),
         SystemCallRule(number: 12, reason: "brk"),
         SystemCallRule(number: 60, reason: "exit"),
-        SystemCallRule(number: 231, reason: "exit_group"),
       ]
     case .supervisor:
       [

@@ -46,24 +46,28 @@ package enum SystemCall {
 
   private static let firstHigh: UInt32 = 424
 
+  /// Made when a name or number is first asked for.
+  private static let lowNames = words(low)
+  private static let highNames = words(high)
+  private static let numbers: [Substring: UInt32] = {
+    var numbers: [Substring: UInt32] = [:]
+    for (index, name) in lowNames.enumerated() { numbers[name] = UInt32(index) }
+    for (index, name) in highNames.enumerated() { numbers[name] = firstHigh + UInt32(index) }
+    return numbers
+  }()
+
   /// The number of a call, or nil for a name this table does not know.
-  package static func number(_ name: String) -> UInt32? {
-    if let index = words(low).firstIndex(of: name[...]) { return UInt32(index) }
-    if let index = words(high).firstIndex(of: name[...]) { return firstHigh + UInt32(index) }
-    return nil
-  }
+  package static func number(_ name: String) -> UInt32? { numbers[name[...]] }
 
   /// The name of a call for people, `system call 512` when the table does not know it.
   package static func name(_ number: UInt32) -> String {
-    let lowWords = words(low)
-    if number < lowWords.count { return String(lowWords[Int(number)]) }
-    let highWords = words(high)
-    if number >= firstHigh, Int(number - firstHigh) < highWords.count { return String(highWords[Int(number - firstHigh)]) }
+    if number < lowNames.count { return String(lowNames[Int(number)]) }
+    if number >= firstHigh, Int(number - firstHigh) < highNames.count { return String(highNames[Int(number - firstHigh)]) }
     return "system call \(number)"
   }
 
   /// All names, for suggestions.
-  package static var names: [String] { (words(low) + words(high)).map(String.init) }
+  package static var names: [String] { (lowNames + highNames).map(String.init) }
 
   private static func words(_ text: String) -> [Substring] { text.split { $0 == " " || $0 == "\n" } }
 }

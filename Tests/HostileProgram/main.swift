@@ -6,6 +6,8 @@
 //     --what=attacks        the attacks of HostileAttacks
 //     --what=sweep          every system call that no rule allows, and every rule with altered arguments: told are those
 //                           that were not killed; and every allowed call: told are those that were
+//     --what=deeds          what libc and the kernel do of their own accord (Deeds.swift), with the role's lists, and with each of
+//                           the calls it takes away
 //     --what=without        no attack: executes the program behind `--` as on a kernel without the calls of --calls=NAME,...
 //     --victim=PID          a process outside
 //     --files=on|off        Landlock
@@ -108,7 +110,11 @@ func call(_ number: UInt32, _ arguments: [UInt]) -> Outcome {
   behindTheFilter { unsafe arguments.withUnsafeBufferPointer { unsafe attack_call(Int(number), $0.baseAddress) } }
 }
 
-if value("what") == "sweep" { sweep() } else { attack() }
+switch value("what") {
+case "sweep": sweep()
+case "deeds": for deed in Deed.all { tell(deed) }
+default: attack()
+}
 report("end")
 
 func attack() {

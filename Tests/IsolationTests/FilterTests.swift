@@ -35,6 +35,21 @@ struct FilterTests {
     #expect(hostile.lines == [])
   }
 
+  /// What libc and the kernel do of their own accord works with a role's lists, and needs each of these calls.
+  @Test(arguments: [("block", 10), ("core", 10), ("processor", 8), ("supervisor", 7)])
+  func libcsOwnCallsAreNeeded(role: String, count: Int) throws {
+    let lists = try #require(Hostile.roles.first { $0.name == role }).lists
+    let hostile = try Hostile(lists, what: "deeds", namespaces: Hostile.host.namespaces, files: true, victim: getpid())
+    var needed = 0
+    for line in hostile.lines {
+      let words = line.split(separator: " ", maxSplits: 3)
+      let whole = words[0] == "abort" ? "killed \(SIGABRT)" : "ended 0"
+      if words[1] == "without" { needed += 1 }
+      #expect(words[3] == (words[1] == "with" ? whole : "killed \(SIGSYS)"), "\(line) as \(role)")
+    }
+    #expect(needed == count, "\(hostile.lines)")
+  }
+
   @Test func rolesHaveFewCalls() {
     func count(_ lists: [SystemCallList]) -> Int { Set(lists.flatMap(\.rules).map(\.number)).count }
     // Firecracker's vCPU thread has 27 calls.
