@@ -23,7 +23,9 @@ public struct HostThread: Sendable {
     unsafe pthread_attr_destroy(&attributes)
     if result != 0 {
       unsafe box.release()
-      throw SystemError("start thread \(name)", Errno(result))
+      // EAGAIN says no more than that somebody counts.
+      let why = result == EAGAIN ? ", for which a limit of threads leaves no room (pids-limit, RLIMIT_NPROC)" : ""
+      throw SystemError("start thread \(name)\(why)", Errno(result))
     }
     return HostThread(handle: handle)
   }
