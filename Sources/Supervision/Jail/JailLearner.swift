@@ -23,11 +23,12 @@ final class JailLearner {
   }
 
   /// Calls that a filter cannot judge: a ring's operations and clone3's flags lie in memory. They get ENOSYS already while
-  /// we watch, so that what the program does instead is seen.
-  private static let refused: Set<UInt64> = [425, 435]
-  /// Offsets in struct user of orig_rax and rax.
-  private static let callOffset: UInt = 120
+  /// we watch, so that what the program does instead is seen. The argument named is made zero for the call, a size without which
+  /// nothing is done: a program with a filter of its own would die of another call's number.
+  private static let refused: [UInt64: Int] = [425: 0, 435: 1]
+  /// Offsets in struct user of rax and of the first two arguments, rdi and rsi.
   private static let resultOffset: UInt = 80
+  private static let argumentOffsets: [UInt] = [112, 104]
   private static let poke: CInt = 6  // PTRACE_POKEUSER
 
   private let root: Int32
@@ -69,8 +70,8 @@ final class JailLearner {
     try learner.follow(signals)
     guard learner.hasStarted else { throw .program(path: program, .accessDenied) }
     learner.files.add(program: program)
-    let text = LearnedProfile(learner.notes, learner.files, program: program, words: words, defines: defines, known: known).text
-    try append(text, to: path)
+    let learned = LearnedProfile(learner.notes, learner.files, program: program, words: words, defines: defines, known: known)
+    try append(learned.text, to: path)
     switch learner.end {
     case .exited(let code): return code
     case .killed(let signal): return 128 + signal
@@ -157,15 +158,17 @@ final class JailLearner {
         if let path = call.path { call.existed = unsafe access(path, F_OK) == 0 }
       }
       notes.add(UInt32(truncatingIfNeeded: words[0]), call.arguments, isRoot: thread == root)
-      if Self.refused.contains(call.number) {
+      if let argument = Self.refused[call.number] {
         call.isRefused = true
-        _ = clinux_ptrace(Self.poke, thread, Self.callOffset, .max)
+        _ = clinux_ptrace(Self.poke, thread, Self.argumentOffsets[argument], 0)
       }
       pending[thread] = call
     case 2:
       guard let call = pending.removeValue(forKey: thread) else { return }
-      if call.isRefused {
+      if call.isRefused, let argument = Self.refused[call.number] {
         _ = clinux_ptrace(Self.poke, thread, Self.resultOffset, UInt(bitPattern: -Int(ENOSYS)))
+        // Programs count on their registers.
+        _ = clinux_ptrace(Self.poke, thread, Self.argumentOffsets[argument], UInt(call.arguments[argument]))
         return
       }
       finish(call, Int64(bitPattern: words[0]), thread)

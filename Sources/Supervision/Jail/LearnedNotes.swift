@@ -39,8 +39,13 @@ struct CallNotes {
     ("io_uring_setup", "what a ring does passes by every filter; most programs fall back to ordinary calls"),
   ]
 
-  /// Every program ends and returns from signals, whether it did in this run or not.
-  private static let always = ["exit", "exit_group", "rt_sigreturn", "restart_syscall", "futex", "brk", "close", "clock_gettime"]
+  /// Every program ends and returns from signals, whether it did in this run or not; and libc calls these when it likes: the
+  /// allocator, locks, waits, abort(3).
+  private static let always = [
+    "exit", "exit_group", "rt_sigreturn", "restart_syscall", "futex", "brk", "close", "clock_gettime", "mmap", "munmap", "mprotect",
+    "madvise",
+    "sched_yield", "clock_nanosleep", "rt_sigprocmask", "getpid", "gettid", "tgkill",
+  ]
 
   /// Rule lines, the most frequent call first.
   var lines: [String] {
@@ -59,6 +64,9 @@ struct CallNotes {
   private func rules(_ number: UInt32, _ count: Int) -> [String] {
     let name = SystemCall.name(number)
     let reason = "  # \(count) times"
+    guard SystemCall.number(name) == number else {
+      return ["# left out: \(name), \(count) times; it has no name here, and ends the program in the jail"]
+    }
     switch name {
     case "mmap":
       if isWild { return ["call mmap\(reason), also writable and executable or executable without a file: a weak spot"] }
@@ -72,6 +80,7 @@ struct CallNotes {
         ? ["call mprotect\(reason), also executable: a weak spot"] : ["call mprotect arg2 & 0x4 == 0\(reason)"]
     // CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
     case "clone": return ["call clone arg0 & 0x7E020000 == 0\(reason), without new namespaces"]
+    case "madvise" where values[number] == nil: return ["call madvise arg2 == 4\(reason)"]
     case "tgkill" where !hasChildren: return ["call tgkill arg0 == self\(reason)"]
     default: break
     }
@@ -97,12 +106,16 @@ struct FileNotes {
   private(set) var usesWholeProc = false
   /// Resolved names to the names under which they were asked for.
   private var asked: [String: String] = [:]
+  /// Directories that it went into: what it did there goes by names that are not seen from outside.
+  private(set) var entered: Set<String> = []
+  /// What the program made itself: the next run makes it again, in a directory that it may write to.
+  private var made: Set<String> = []
 
   /// Where the path stands among the arguments; its directory descriptor, if any, is the one before. Nil: no path.
   static func pathArgument(_ number: UInt64) -> Int? {
     switch SystemCall.name(UInt32(truncatingIfNeeded: number)) {
     case "open", "stat", "lstat", "access", "readlink", "statfs", "mkdir", "rmdir", "unlink", "creat", "chdir", "execve", "truncate",
-      "chmod", "chown", "rename", "link", "symlink", "mknod", "getxattr", "lgetxattr", "listxattr":
+      "chroot", "chmod", "chown", "rename", "link", "symlink", "mknod", "getxattr", "lgetxattr", "listxattr":
       0
     case "openat", "openat2", "newfstatat", "statx", "faccessat", "faccessat2", "readlinkat", "mkdirat", "unlinkat", "fchmodat",
       "fchownat", "renameat", "renameat2", "mknodat", "utimensat":
@@ -119,9 +132,11 @@ struct FileNotes {
     case "openat2": open(path, 0, existed, opened)
     case "creat", "mkdir", "rmdir", "unlink", "mkdirat", "unlinkat", "rename", "renameat", "renameat2", "link", "symlink", "mknod",
       "mknodat":
+      if !existed { made.insert(path) }
       addParent(of: path)
     case "truncate", "chmod", "chown", "fchmodat", "fchownat", "utimensat": add(path, .readWrite)
     case "execve": add(path, .run)
+    case "chdir", "chroot": if let path = JailProfile.normal(path) ?? JailPlan.real(path) { entered.insert(path) }
     default:
       // That a directory exists is seen from the places in it; listing it whole would show too much.
       var status = stat()
@@ -132,7 +147,10 @@ struct FileNotes {
 
   private mutating func open(_ path: String, _ flags: UInt64, _ existed: Bool, _ opened: String?) {
     if let opened { asked[opened] = path }
-    if flags & 0o100 != 0, !existed { return addParent(of: path) }
+    if flags & 0o100 != 0, !existed {
+      made.insert(path)
+      return addParent(of: path)
+    }
     add(path, flags & 3 == 0 ? .read : .readWrite)
   }
 
@@ -144,7 +162,9 @@ struct FileNotes {
   }
 
   mutating func add(_ path: String, _ use: Use) {
-    guard let path = JailProfile.normal(path) ?? JailPlan.real(path), path != "/" else { return }
+    guard !made.contains(path), let path = JailProfile.normal(path) ?? JailPlan.real(path), path != "/", !made.contains(path) else {
+      return
+    }
     if path == "/proc" || path.hasPrefix("/proc/") {
       usesProc = true
       if let name = path.split(separator: "/").dropFirst().first, Int(name) == nil, name != "self", name != "thread-self" {
@@ -168,9 +188,10 @@ struct LearnedProfile {
   init(_ notes: CallNotes, _ files: FileNotes, program: String, words: [String], defines: [String: String], known: JailProfile) {
     var lines: [String] = []
     let isNew = known.calls.isEmpty && known.places.isEmpty
-    lines.append("# Learned from: \(words.joined(separator: " "))")
+    lines.append("# Learned from: \(Self.harmless(words.joined(separator: " ")))")
     if isNew {
-      lines += ["program \(Self.quoted(program))", "user own", "network no", "limit descriptors 1024"]
+      if Self.canBeWritten(program) { lines.append("program \(Self.quoted(program))") }
+      lines += ["user own", "network no", "limit descriptors 1024"]
       if geteuid() == 0 {
         lines.append(
           "# It was watched with root's capabilities. In the jail it has those of 'capability' lines only; they are not learned.")
@@ -181,7 +202,16 @@ struct LearnedProfile {
     } else if files.usesProc, !known.hasProc {
       lines.append("proc yes")
     }
-    for (path, use) in files.uses.sorted(by: { $0.key < $1.key }) {
+    var uses = files.uses
+    // Whoever names a directory means what is in it; of others that it entered we would show too much.
+    for path in files.entered where defines.values.contains(where: { ($0 == path || JailPlan.real($0) == path) && path != "/" }) {
+      uses[path] = .readWrite
+    }
+    for (path, use) in uses.sorted(by: { $0.key < $1.key }) {
+      guard Self.canBeWritten(path) else {
+        lines.append("# left out, because no profile can hold such a path: \(Self.harmless(path))")
+        continue
+      }
       guard let line = Self.line(path, use, defines) else { continue }
       if known.places.contains(where: { Self.covers($0, path, use, defines) }) { continue }
       lines.append(line)
@@ -198,7 +228,8 @@ struct LearnedProfile {
       }
       lines.append(line)
     }
-    text = lines.joined(separator: "\n") + "\n"
+    // A run that brought nothing new leaves no trace.
+    text = lines.count > 1 ? lines.joined(separator: "\n") + "\n" : ""
   }
 
   private static func line(_ path: String, _ use: FileNotes.Use, _ defines: [String: String]) -> String? {
@@ -232,6 +263,16 @@ struct LearnedProfile {
     let shown = JailProfile.expand(place.path, defines, missing: &missing)
     let names = [path, replaced(path, defines)]
     return names.contains(shown) || names.contains(place.path) || (place.kind != .file && path.hasPrefix(shown + "/"))
+  }
+
+  /// A program chooses the names of its files. None of them may end a line, begin a comment, or mean something else.
+  private static func canBeWritten(_ path: String) -> Bool {
+    path.unicodeScalars.allSatisfy { $0.value >= 0x20 && $0.value != 0x7F && !["\"", "#", "{", "}"].contains($0) }
+  }
+
+  /// For a comment.
+  private static func harmless(_ text: String) -> String {
+    String(String.UnicodeScalarView(text.unicodeScalars.map { $0.value < 0x20 || $0.value == 0x7F ? "?" : $0 }))
   }
 
   private static func quoted(_ text: String) -> String { text.contains(" ") ? "\"\(text)\"" : text }

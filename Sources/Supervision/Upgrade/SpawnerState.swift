@@ -222,7 +222,7 @@ struct SpawnerState {
     guard let mode = WallMode(rawValue: try reader.text("mode", limit: 8)) else { throw .badField("mode") }
     self.mode = mode
     namespaces = Namespaces(rawValue: try reader.number())
-    identityBase = try reader.optional("identities") { reader throws(MessageError) in try reader.number() }
+    identityBase = try reader.identityBase()
     identitiesUsed = try reader.number()
     guard identitiesUsed <= Identities.perVM else { throw .badField("identities") }
     directory = try reader.text("directory")

@@ -58,6 +58,13 @@ extension WireReader {
 
   mutating func time() throws(MessageError) -> MonotonicTime { MonotonicTime(nanoseconds: try counter("time")) }
 
+  /// The first of a VM's ids.
+  mutating func identityBase() throws(MessageError) -> UInt32? {
+    let base = try optional("identities") { reader throws(MessageError) in try reader.number(UInt32.self) }
+    if let base, base > UInt32.max - Identities.perVM { throw .badField("identities") }
+    return base
+  }
+
   mutating func identity() throws(MessageError) -> ChildIdentity { ChildIdentity(uid: try number(), gid: try number()) }
 
   mutating func texts(_ name: MessageError.StaticName, limit: Int) throws(MessageError) -> [String] {
@@ -96,6 +103,12 @@ extension WireReader {
           return SystemCallRule.Condition(argument: argument, test: .anyOf(values))
         default: throw .badField(name)
         }
+      }
+      // Each combination becomes instructions of a filter.
+      var combinations = 1
+      for case .anyOf(let values) in conditions.map(\.test) {
+        combinations *= values.count
+        guard combinations <= SystemCallRule.mostCombinations else { throw .badField(name) }
       }
       return SystemCallRule(number: number, conditions: conditions, reason: "in force", failure: failure == 0 ? nil : failure)
     }

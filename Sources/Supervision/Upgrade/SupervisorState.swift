@@ -313,7 +313,7 @@ extension SupervisorState {
     guard let mode = WallMode(rawValue: try reader.text("mode", limit: 8)) else { throw .badField("mode") }
     self.mode = mode
     namespaces = Namespaces(rawValue: try reader.number())
-    identityBase = try reader.optional("identities") { reader throws(MessageError) in try reader.number() }
+    identityBase = try reader.identityBase()
     identitiesUsed = try reader.number()
     guard identitiesUsed <= Identities.perVM else { throw .badField("identities") }
     identitiesReleased = try reader.list("identities", limit: Int(Identities.perVM)) { reader throws(MessageError) in

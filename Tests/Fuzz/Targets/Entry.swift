@@ -25,7 +25,8 @@ enum Fuzz {
   static let targets: [Target] =
     [
       frontEndMessages, backEndMessages, splitRing, packedRing, racedRings, inflightRecords, blockRequests, netFrames, consoleBytes,
-      pciRegisters, kernelImages, commandLines, jsonTexts, controlMessages, jailProfiles, systemCallRules, recordings, nbdClients,
+      pciRegisters, kernelImages, commandLines, jsonTexts, controlMessages, upgradeStates, orders, jailProfiles, learnedCalls,
+      systemCallRules, toldNumbers, recordings, nbdClients,
     ] + plantedDefects
 
   static let target: Target? = getenv("FUZZ_TARGET").flatMap { name in targets.first { $0.name == String(cString: name) } }

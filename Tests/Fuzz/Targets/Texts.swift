@@ -203,7 +203,7 @@ private func checkFilter(_ rules: [SystemCallRule], _ refused: [(number: UInt32,
 }
 
 /// The kernel's reading of a filter, as far as ours go.
-private func interpret(_ program: [SystemCallFilter.Instruction], _ number: UInt32, _ arguments: [UInt64]) -> UInt32 {
+func interpret(_ program: [SystemCallFilter.Instruction], _ number: UInt32, _ arguments: [UInt64]) -> UInt32 {
   func word(_ offset: UInt32) -> UInt32 {
     switch offset {
     case 0: return number
