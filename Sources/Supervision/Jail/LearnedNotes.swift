@@ -104,8 +104,8 @@ struct FileNotes {
   private(set) var usesProc = false
   /// More of it than what belongs to processes.
   private(set) var usesWholeProc = false
-  /// Resolved names to the names under which they were asked for.
-  private var asked: [String: String] = [:]
+  /// Resolved names to all the names under which they were asked for.
+  private var asked: [String: Set<String>] = [:]
   /// Directories that it went into: what it did there goes by names that are not seen from outside.
   private(set) var entered: Set<String> = []
   /// What the program made itself: the next run makes it again, in a directory that it may write to.
@@ -146,7 +146,7 @@ struct FileNotes {
   }
 
   private mutating func open(_ path: String, _ flags: UInt64, _ existed: Bool, _ opened: String?) {
-    if let opened { asked[opened] = path }
+    if let opened { asked[opened, default: []].insert(path) }
     if flags & 0o100 != 0, !existed {
       made.insert(path)
       return addParent(of: path)
@@ -154,7 +154,8 @@ struct FileNotes {
     add(path, flags & 3 == 0 ? .read : .readWrite)
   }
 
-  mutating func isMapped(_ opened: String) { add(asked[opened] ?? opened, .run) }
+  /// By whichever of its names it is asked for first the next time.
+  mutating func isMapped(_ opened: String) { for path in asked[opened] ?? [opened] { add(path, .run) } }
 
   mutating func addParent(of path: String) {
     guard let slash = path.lastIndex(of: "/"), slash != path.startIndex else { return }
