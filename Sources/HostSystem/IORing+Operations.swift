@@ -143,7 +143,7 @@ extension IORing {
     pending = submissionTail &- (unsafe clinux_load_acquire_u32(submissionHead))
     // SAFETY: tail and flags lie in mappings owned by this ring.
     unsafe flagsMisled =
-      clinux_load_relaxed_u32(submissionFlags) & 2 != 0  // IORING_SQ_TASKRUN
+      clinux_load_relaxed_u32(submissionFlags) & 4 != 0  // IORING_SQ_TASKRUN
       && completionHead == clinux_load_acquire_u32(completionTailPointer)
     return result < 0 ? result : 0
   }
@@ -151,7 +151,7 @@ extension IORing {
   /// Flags that say there is something to enter for. The kernel sets TASKRUN after it has put the work in its place: if the work is
   /// done by then (it came from another processor), the flag stays until there is more, and entering for it brings nothing, again and again.
   @inlinable @inline(__always)
-  var workFlags: UInt32 { flagsMisled ? 4 : 6 }  // IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN
+  var workFlags: UInt32 { flagsMisled ? 2 : 6 }  // IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN
 
   /// Whether `enter` would do anything without waiting: entries prepared, completions the kernel holds back for want of
   /// room, or work of its that waits for us (seen with `Traits.showsTaskWork`).
