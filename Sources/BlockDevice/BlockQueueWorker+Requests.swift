@@ -88,9 +88,9 @@ extension BlockQueueWorker where Engine: ~Copyable {
     space.limiter?.took(byteCount: UInt64(byteCount))
     let request = unsafe StorageRequest(
       operation, offset: sector << 9, byteCount: UInt64(byteCount), vectors: vectors, vectorCount: count, isDurable: durable)
-    guard operation == .read, engine.foresee(request) else { return start(index, request, &queue) }
+    guard operation == .read, let source = unsafe engine.foresee(request) else { return start(index, request, &queue) }
     // SAFETY: they are copied before there are `greatestBatch` of them.
-    unsafe foreseen[foreseenCount] = ForeseenRead(slot: UInt16(truncatingIfNeeded: index), request: request)
+    unsafe foreseen[foreseenCount] = ForeseenRead(slot: UInt16(truncatingIfNeeded: index), request: request, source: source)
     foreseenCount &+= 1
   }
 

@@ -187,7 +187,6 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     let begin = MonotonicTime.now.nanoseconds
     var last = begin
     var yielded = begin
-    var interval = PollBudget.yieldInterval
     // Bounded by the budget.
     while true {
       for _ in 0..<8 {
@@ -199,12 +198,12 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       }
       var time = MonotonicTime.now.nanoseconds
       var isLost = time &- last > PollBudget.lostTime
-      if !isLost, poll.isLearning, time &- yielded >= interval {
+      if !isLost, poll.isLearning, time &- yielded >= poll.patience {
         // Whoever we wait for may be waiting for this processor.
         sched_yield()
         yielded = MonotonicTime.now.nanoseconds
-        interval *= 2
         isLost = yielded &- time > PollBudget.yieldTime
+        if !isLost { poll.yieldedInVain() }
         time = yielded
       }
       if isLost {

@@ -31,9 +31,8 @@ package struct PollBudget {
   package static let longest: UInt64 = 32_000
   /// A gap between two looks that only losing the processor explains.
   static let lostTime: UInt64 = 20_000
-  /// When the processor is first offered to others while looking (then after twice as long, and so on), and how long that takes when
-  /// nobody wants it.
-  static let yieldInterval: UInt64 = 2_000
+  /// After how long a look the processor is first offered to others, and how long that takes when nobody wants it.
+  static let firstPatience: UInt64 = 2_000
   static let yieldTime: UInt64 = 1_500
   private static let first: UInt64 = 4_000
   private static let vainLimit = 4
@@ -43,6 +42,8 @@ package struct PollBudget {
   private let policy: PollPolicy
   /// Now.
   package private(set) var nanoseconds: UInt64
+  /// How often in a row the processor was offered and nobody wanted it.
+  private var vainYields = 0
   private var vain = 0
   private var rest = shortestRest
   private var restsUntil: UInt64 = 0
@@ -52,6 +53,10 @@ package struct PollBudget {
     if case .fixed(let microseconds) = policy { nanoseconds = UInt64(microseconds) * 1000 } else { nanoseconds = 0 }
   }
 
+  /// How long to look before the processor is offered to others again: longer the more often nobody wanted it, so that looking on a processor
+  /// of one's own comes to cost no system calls.
+  package var patience: UInt64 { Self.firstPatience << UInt64(vainYields / 16) }
+
   /// Whether the length of sleeps has to be told.
   package var isLearning: Bool { policy == .auto }
 
@@ -60,6 +65,9 @@ package struct PollBudget {
     vain = 0
     rest = Self.shortestRest
   }
+
+  /// The processor was offered to others, and nobody wanted it.
+  package mutating func yieldedInVain() { vainYields = min(vainYields + 1, 64) }
 
   /// The processor was taken away during a look.
   package mutating func lostProcessor(now: UInt64) { if isLearning { giveUp(now) } }
@@ -85,6 +93,7 @@ package struct PollBudget {
   private mutating func giveUp(_ now: UInt64) {
     nanoseconds = 0
     vain = 0
+    vainYields = 0
     restsUntil = now &+ rest
     rest = min(rest * 2, Self.longestRest)
   }

@@ -101,9 +101,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   }
 
   @inline(__always)
-  package func foresee(_ request: StorageRequest) -> Bool { cache?.foresee(request) ?? false }
-  @inline(__always)
-  package func approach(_ request: StorageRequest) { cache?.approach(request) }
+  package func foresee(_ request: StorageRequest) -> UnsafeRawPointer? { unsafe cache?.foresee(request) }
   @inline(__always)
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
 

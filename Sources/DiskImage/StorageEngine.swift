@@ -79,10 +79,8 @@ package enum StorageEvent: Equatable, Sendable {
 package protocol StorageEngine: ~Copyable {
   /// Starts a request in a free slot. The outcome when it is already known, else nil, and an event will tell.
   mutating func begin(_ slot: Int, _ request: StorageRequest) -> StorageOutcome?
-  /// Whether a read can be done by `copy`, as far as is known. If so its data sets out for the processor: first here, more of it in
-  /// `approach`, while another one is copied.
-  func foresee(_ request: StorageRequest) -> Bool
-  func approach(_ request: StorageRequest)
+  /// Where the data of a read lies if it can be done by `copy`, as far as is known: an address to be asked for in advance, nothing else.
+  func foresee(_ request: StorageRequest) -> UnsafeRawPointer?
   /// Does a read at once, if the host has the data cached and an engine has a way around the kernel.
   mutating func copy(_ request: StorageRequest) -> CopyOutcome
   /// How long the image is now. One system call.
@@ -105,8 +103,7 @@ package protocol StorageEngine: ~Copyable {
 }
 
 extension StorageEngine where Self: ~Copyable {
-  package func foresee(_ request: StorageRequest) -> Bool { false }
-  package func approach(_ request: StorageRequest) {}
+  package func foresee(_ request: StorageRequest) -> UnsafeRawPointer? { nil }
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { .no }
   package var fileByteCount: UInt64 { 0 }
 }

@@ -66,8 +66,7 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     return nil
   }
 
-  package func foresee(_ request: StorageRequest) -> Bool { cache?.foresee(request) ?? false }
-  package func approach(_ request: StorageRequest) { cache?.approach(request) }
+  package func foresee(_ request: StorageRequest) -> UnsafeRawPointer? { unsafe cache?.foresee(request) }
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
   package var fileByteCount: UInt64 { image.fileByteCount }
   package mutating func wake(at time: MonotonicTime) { if wakeTime == nil { wakeTime = time } }

@@ -54,6 +54,17 @@ import Testing
     #expect(budget.nanoseconds == 0)
   }
 
+  @Test func whoIsAloneOffersItsProcessorLessAndLess() {
+    var budget = PollBudget(.auto)
+    let first = budget.patience
+    budget.yieldedInVain()
+    #expect(budget.patience == first, "One time says nothing")
+    for _ in 0..<1000 { budget.yieldedInVain() }
+    #expect(budget.patience >= PollBudget.longest)
+    budget.lostProcessor(now: 1_000_000_000)
+    #expect(budget.patience == first, "Somebody wants it after all")
+  }
+
   @Test func aFixedLengthStays() {
     var budget = PollBudget(.fixed(50))
     budget.slept(from: 0, to: 1_000_000_000)
