@@ -241,7 +241,7 @@ class NFS4:
             subprocess.run(["umount", "-l", str(place)])
 
 
-@scenario("images on NFS, by ring and by calls: verified, locked, and errors once their handles are stale", 240, by_hand=True)
+@scenario("images on NFS, by ring and by calls: verified, locked, and errors once their handles are stale", 240)
 def disk_nfs(trial):
     trial.only_martlet()
     server = NFS4(trial)
