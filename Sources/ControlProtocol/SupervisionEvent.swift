@@ -28,6 +28,8 @@ package struct SupervisionEvent: Equatable, Sendable {
     case needsReset = "needs-reset"
     /// The guest was reset in place.
     case guestReset = "guest-reset"
+    /// The supervisor was killed, and another one has taken over.
+    case takenOver = "taken-over"
   }
 
   /// Counts the events of a VM from 1: a gap tells that some were lost.

@@ -76,6 +76,11 @@ extension VMConfiguration {
       if result.isHardened, let mode = result.sandbox, mode != .on {
         throw .conflict("--hardened", "--sandbox \(mode.rawValue)", remedy: "leave out one of them")
       }
+      if result.outlivesSupervisor, result.sandbox == .off {
+        throw .conflict(
+          "--on-supervisor-death continue", "--sandbox off",
+          remedy: "leave out one of them: what takes over needs the spawner, which there is only with the sandbox")
+      }
       // The terminal goes to the console unless the serial port asked for it.
       result.console = console ?? (serial == .tty ? .null : .tty)
       result.serial = serial ?? .null

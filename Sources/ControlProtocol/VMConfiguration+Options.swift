@@ -406,6 +406,14 @@ extension VMConfiguration {
       if let time = try values.number("fence", in: range) { draft.result.deadlines.fence = UInt32(time) }
     },
     Option(
+      "on-supervisor-death", .text("POLICY"), group: "Running",
+      summary: "when the supervisor is killed or crashes: end (when left out) or continue",
+      example: "--on-supervisor-death continue"
+    ) { (draft, values) throws(ConfigurationError) in
+      guard ["end", "continue"].contains(values.text) else { throw values.badText("end or continue") }
+      draft.result.outlivesSupervisor = values.text == "continue"
+    },
+    Option(
       "sandbox", .text("MODE"), group: "Running",
       summary: "walls around the VM's processes: on when left out; off or log for debugging",
       example: "--sandbox on"

@@ -225,6 +225,8 @@ package struct VMConfiguration: Equatable, Sendable {
   package var flightRecorder: String?
   package var restartsOnReset = true
   package var deadlines = Deadlines()
+  /// The supervisor may be killed, and another takes over; otherwise all ends with it.
+  package var outlivesSupervisor = false
   /// nil: not said.
   package var sandbox: Sandbox?
   /// No start without the full set of walls.

@@ -80,6 +80,15 @@ public enum Signals {
     _ = unsafe pthread_sigmask(SIG_UNBLOCK, &set, nil)
   }
 
+  /// Blocks one signal in the calling thread.
+  package static func block(_ number: CInt) {
+    var set = sigset_t()
+    // SAFETY: the set is ours.
+    unsafe sigemptyset(&set)
+    unsafe sigaddset(&set, number)
+    _ = unsafe pthread_sigmask(SIG_BLOCK, &set, nil)
+  }
+
   /// A descriptor that becomes readable when one of the signals arrives; they are blocked as ordinary signals.
   /// Read it with `next(from:)`.
   public static func descriptor(for numbers: [CInt]) throws(SystemError) -> OwnedFD {
@@ -135,6 +144,10 @@ public struct ProcessHandle: ~Copyable, Sendable {
     self.fd = fd
   }
 
+  /// How a process ended that is not our child: asked for its id and pidfd, and whether to wait. Set once, before there are threads,
+  /// by a program whose parent collects.
+  package nonisolated(unsafe) static var endOfOthers: (@Sendable (Int32, CInt, Bool) -> ProcessEnd?)?
+
   public borrowing func signal(_ number: CInt) { _ = clinux_pidfd_send_signal(fd.rawValue, number) }
 
   /// Collects the child if it has ended.
@@ -148,6 +161,8 @@ public struct ProcessHandle: ~Copyable, Sendable {
     var status: CInt = 0
     // SAFETY: both are ours and alive for the call.
     let result = retrying { unsafe clinux_pidfd_wait(fd.rawValue, &code, &status, blocking ? 1 : 0) }
+    // SAFETY: nobody changes it while there is more than one thread.
+    if result == -ECHILD, let ask = unsafe Self.endOfOthers { return ask(processID, fd.rawValue, blocking) }
     guard result == 1 else { return nil }
     return code == CLD_EXITED ? .exited(code: status) : .killed(signal: status)
   }

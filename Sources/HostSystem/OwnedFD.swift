@@ -13,7 +13,15 @@ public struct OwnedFD: ~Copyable, Sendable {
     self.rawValue = rawValue
   }
 
-  deinit { _ = close(rawValue) }
+  deinit {
+    // SAFETY: nobody changes it while there is more than one thread.
+    if let putOff = unsafe Self.putOffClosing, putOff(rawValue) { return }
+    _ = close(rawValue)
+  }
+
+  /// Takes a descriptor over that is to be closed, and says true, or leaves it alone. Set once, before there are threads, by a program
+  /// whose successor may still need the number.
+  package nonisolated(unsafe) static var putOffClosing: (@Sendable (CInt) -> Bool)?
 
   /// Ends ownership without closing; the caller owns the number from here.
   public consuming func release() -> CInt {

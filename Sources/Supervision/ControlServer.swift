@@ -119,6 +119,14 @@ final class ControlServer {
     return String(decoding: line, as: UTF8.self)
   }
 
+  /// Connections whose request has been read, or has not come yet: in another program nobody knows which.
+  var unclear: [Int] {
+    clients.filter { !$0.value.followsEvents && UnixSocket.peek($0.value.socket, limit: 1).isEmpty }.keys.sorted()
+  }
+
+  /// Ends a connection; its number, to stop watching.
+  func drop(_ id: Int) -> CInt? { clients.removeValue(forKey: id)?.socket.rawValue }
+
   /// The descriptor of a connection, to be lent to a call.
   func number(of id: Int) -> CInt? { clients[id]?.socket.rawValue }
 

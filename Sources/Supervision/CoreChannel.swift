@@ -8,10 +8,34 @@ final class CoreChannel {
   private(set) var sequence: UInt32
   private var buffer = [UInt8](repeating: 0, count: Wire.maximumLength + 1)
   private(set) var isOpen = true
+  /// A message stays in the socket until it has been handled and that is remembered: `handled` and `take`.
+  var isPeeking = false
+  /// The message at the front, which has been handled and may still be there.
+  private(set) var handledFront: [UInt8] = []
+  private var front: [UInt8] = []
 
-  init(_ socket: consuming OwnedFD, sequence: UInt32 = 0) {
+  init(_ socket: consuming OwnedFD, sequence: UInt32 = 0, handledFront: [UInt8] = []) {
     self.socket = socket
     self.sequence = sequence
+    // One that was killed before it could take it out.
+    if !handledFront.isEmpty, UnixSocket.peek(self.socket, limit: Wire.maximumLength + 1) == handledFront { _ = receiveOnce() }
+  }
+
+  /// So many numbers may have been used.
+  func skip(_ count: UInt32) { sequence &+= count }
+
+  /// What `receive` gave last has been handled.
+  func handled() { handledFront = front }
+
+  /// It is remembered, and taken out.
+  func take() {
+    guard !handledFront.isEmpty else { return }
+    let isPeeking = self.isPeeking
+    self.isPeeking = false
+    _ = receiveOnce()
+    self.isPeeking = isPeeking
+    handledFront = []
+    front = []
   }
 
   var number: CInt { socket.rawValue }
@@ -54,6 +78,16 @@ final class CoreChannel {
   }
 
   private func receiveOnce() -> Incoming {
+    if isPeeking {
+      front = UnixSocket.peek(socket, limit: Wire.maximumLength + 1)
+      if !front.isEmpty {
+        guard front.count <= Wire.maximumLength else { return .broken(.tooLong(byteCount: front.count)) }
+        do throws(MessageError) {
+          let (message, sequence) = try CoreMessage.decode(front, descriptorCount: 0)
+          return .message(message, sequence: sequence)
+        } catch { return .broken(error) }
+      }
+    }
     // The core sends no descriptors; any that came are closed with the reception.
     // SAFETY: the buffer is lent for the call.
     let (transfer, truncated, descriptors) = unsafe buffer.withUnsafeMutableBytes { bytes in

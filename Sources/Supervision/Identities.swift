@@ -75,9 +75,9 @@ package struct Identities: Sendable {
   package mutating func release(_ identity: ChildIdentity) { released.append(identity) }
 
   /// The identity with this number; nil when it is not a device's: the core's is the first, the supervisor's own follows those
-  /// that were used when its walls went up.
-  package func identity(of number: UInt32) -> ChildIdentity? {
-    guard let base, number > base, number - base < Self.perVM, number != base + used else { return nil }
+  /// that were used when its walls went up, or is the last.
+  package func identity(of number: UInt32, supervisorIsLast: Bool = false) -> ChildIdentity? {
+    guard let base, number > base, number - base < Self.perVM - 1, supervisorIsLast || number != base + used else { return nil }
     return ChildIdentity(uid: number, gid: number)
   }
 
@@ -88,7 +88,7 @@ package struct Identities: Sendable {
     self.released = released
   }
 
-  /// For one process at a time that is no part of the VM; nil when ids are kept.
+  /// For one process at a time: one that examines a state, or the supervisor of a VM with a keeper. nil when ids are kept.
   var last: ChildIdentity? { base.map { ChildIdentity(uid: $0 + Self.perVM - 1, gid: $0 + Self.perVM - 1) } }
 
   private static func contains(_ ranges: [(first: UInt64, count: UInt64)], _ first: UInt32) -> Bool {

@@ -16,6 +16,8 @@ struct Replacement {
   }
 
   let order: ReplaceOrder
+  /// As it came.
+  let line: String
   let client: Int
   /// What is known of the new one, as of any device's back end.
   let care: DeviceCare

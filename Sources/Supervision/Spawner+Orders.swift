@@ -34,13 +34,27 @@ extension Spawner {
     guard let peer = try? UnixSocket.peer(of: client), peer.uid == 0 || peer.uid == supervisor.userID, peer.pid != getppid() else {
       throw .launch("Only root and the user who started the VM can give it programs and files")
     }
+    // Where supervisors come and go, which one it is now is not known here: nobody of this VM gives orders.
+    if supervisor.keeper != nil, parent(of: peer.pid).map({ $0 == getppid() }) != false {
+      throw .launch("Who gives this order cannot be told; only root and the user who started the VM can")
+    }
+  }
+
+  /// The parent's process id; nil when there is no such process.
+  private static func parent(of process: Int32) -> Int32? {
+    guard let bytes = try? OwnedFD.open("/proc/\(process)/stat", O_RDONLY).readToEnd(limit: 4096) else { return nil }
+    // A name can hold anything, so what follows its last bracket counts.
+    guard let end = bytes.lastIndex(of: UInt8(ascii: ")")) else { return nil }
+    let words = String(decoding: bytes[bytes.index(after: end)...], as: UTF8.self).split(separator: " ")
+    return words.count > 1 ? Int32(words[1]) : nil
   }
 
   /// One of this VM's ids that none of its processes has.
   static func identity(_ text: String, _ supervisor: Supervisor) throws(SupervisionError) -> ChildIdentity? {
     guard let number = UInt32(text) else { return nil }
     let known = supervisor.knownLaunches.values.map(\.launch.identity) + supervisor.knownJailed.values.map(\.identity)
-    guard let identity = supervisor.identities.identity(of: number), !known.contains(identity) else {
+    guard let identity = supervisor.identities.identity(of: number, supervisorIsLast: supervisor.keeper != nil), !known.contains(identity)
+    else {
       throw .launch("The id \(number) is not free in this VM")
     }
     return identity

@@ -1,3 +1,4 @@
+import CLinux
 import CSandbox
 import Glibc
 import HostSystem
@@ -14,6 +15,8 @@ final class Spawner {
     case image, connect, tidy, startJailed, resize, order, forget, recording, adopt, drop, usage
     // An upgrade.
     case prepare, examine, renew, renewGuardian
+    // Another supervisor has taken over.
+    case synchronize
   }
 
   enum Outcome: UInt8 {
@@ -46,7 +49,9 @@ final class Spawner {
     let title = Array("vm/\(supervisor.configuration.name)/spawner".utf8CString)
     // SAFETY: title and numbers live for the call.
     let pid = unsafe title.withUnsafeBufferPointer { title in
-      unsafe kept.sorted().withUnsafeBufferPointer { unsafe csandbox_fork_helper(title.baseAddress, $0.baseAddress, CInt($0.count)) }
+      unsafe kept.sorted().withUnsafeBufferPointer {
+        unsafe csandbox_fork_helper(title.baseAddress, $0.baseAddress, CInt($0.count), supervisor.keeper == nil ? 0 : 1)
+      }
     }
     if pid == 0 {
       supervisor.claims.abandon()
@@ -130,6 +135,26 @@ final class Spawner {
 
   /// The candidate of `id` is none any more.
   func drop(_ id: String) { _ = try? ask(.drop, id) }
+
+  /// For a supervisor that has taken over: what the one before has asked for is answered by now, and undone: processes that it has
+  /// not heard of end. False when nobody answers.
+  func synchronize() -> Bool {
+    let word = String(UInt64.random(in: 0 ... .max))
+    guard case .bytes = UnixSocket.send(socket, [Order.synchronize.rawValue] + Array(word.utf8), waiting: false) else { return false }
+    while (try? socket.waitUntil(.readable, timeout: Self.patience)) == true {
+      let (bytes, received) = Self.receive(socket)
+      guard let bytes else { return false }
+      if bytes.dropFirst(5).elementsEqual(word.utf8) { return true }
+      // Of what is no pidfd nothing comes of it.
+      for box in received { _ = clinux_pidfd_send_signal(box.number, SIGKILL) }
+    }
+    return false
+  }
+
+  /// For a state.
+  var captured: SupervisorState.Spawner {
+    .init(processID: process.processID, pidfd: process.fd.rawValue, line: socket.rawValue)
+  }
 
   static let lost = SupervisionError.launch("The process that starts others is gone, or does not answer")
 
@@ -237,6 +262,7 @@ final class Spawner {
         case .drop:
           supervisor.candidates[id] = nil
           supervisor.dropCandidate(id)
+        case .synchronize: text = id
         case .prepare: descriptors = try upgrade.prepare(supervisor)
         case .examine: (number, descriptors) = try upgrade.examine(null: null.rawValue, supervisor)
         case .renew:

@@ -123,7 +123,8 @@ extension Supervisor {
       .init("state", .string(information?.state.name ?? (phase == .starting ? "starting" : "ending"))),
       .init("cpus", .unsigned(UInt64(configuration.cpuCount))), .init("memory", .unsigned(configuration.memorySize)),
       .init("kernel", .string(configuration.kernel)), .init("supervisor", .unsigned(UInt64(getpid()))),
-      .init("upgrades", .unsigned(UInt64(upgrade.count))), .init("sandbox", .string(walls.mode.rawValue)),
+      .init("upgrades", .unsigned(UInt64(upgrade.count))), .init("keeper", keeper.map { .unsigned(UInt64($0.processID)) } ?? .null),
+      .init("takeovers", .unsigned(UInt64(takeover.count))), .init("sandbox", .string(walls.mode.rawValue)),
       .init("namespaces", .array(walls.namespaces.names.map { .string($0) })),
       .init("cgroup", groups.map { .string($0.directory) } ?? .null),
       .init(

@@ -12,6 +12,7 @@ extension Supervisor {
   /// Begins the orderly end. The first cause decides the exit code.
   /// - Parameter askCore: the core does not know yet.
   func end(_ code: ExitCode, askCore: Bool) {
+    keeper?.retract()
     if outcome == nil { outcome = code }
     switch phase {
     case .starting, .running: break

@@ -164,7 +164,13 @@ extension Supervisor {
         loop.remove(number: channel.number)
         return
       case .broken(let error): throw .coreProtocol(error)
-      case .message(let message, let sequence): try handle(message, sequence)
+      case .message(let message, let sequence):
+        try handle(message, sequence)
+        if keeper != nil {
+          channel.handled()
+          publish()
+          channel.take()
+        }
       }
     }
   }
@@ -179,6 +185,7 @@ extension Supervisor {
     case .started:
       guestHasStarted = true
       try goOnStarting()
+    case .done where sequence == takeover.look: takeover.look = nil
     case .done, .refused, .information, .plugged, .examined:
       if !answerReplacement(sequence, message), !answerAddition(sequence, message), !answerReattach(sequence, message) {
         answer(sequence, message)
@@ -188,6 +195,7 @@ extension Supervisor {
       if sequence == 0 { keepConversation(id, text) } else { answer(sequence, message) }
     case .device(let report):
       let old = reports.updateValue(report, forKey: report.id)
+      reconcile(report)
       if report.state == .connected || report.state == .active, old == nil || old?.state == .connecting { note(.connected, report.id) }
       if report.state == .needsReset, old?.state != .needsReset { note(.needsReset, report.id, report.reason) }
       if report.state == .waiting, old?.state != .waiting, case .running = phase { backEndLost(report) }

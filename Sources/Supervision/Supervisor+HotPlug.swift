@@ -40,7 +40,8 @@ extension Supervisor {
     do throws(SupervisionError) {
       let order = try Self.order(String(line.dropFirst(DeviceOrder.verb.utf8.count + 1)))
       // Most mistakes are found here, without anybody else.
-      do { _ = try configuration.adding(order) } catch { throw .launch(error.message) }
+      do { takeover.intent = .addition(try configuration.adding(order).id) } catch { throw .launch(error.message) }
+      publish()
       offered = identities.next()
       var opened: Spawner.Opened?
       if let spawner { opened = try spawner.order(from: number, offered) }
@@ -59,6 +60,7 @@ extension Supervisor {
       }
       add(plan, opened?.text ?? text, identity, client)
     } catch { refuse(client, error.message ?? "The device cannot be added") }
+    takeover.intent = nil
     if let offered { identities.release(offered) }
   }
 
@@ -192,7 +194,7 @@ extension Supervisor {
   }
 
   /// Waits for the end of its process, which has lost its connection; then nothing is left.
-  private func depart(_ id: String, _ answers: [(client: Int, value: JSONValue)]) {
+  func depart(_ id: String, _ answers: [(client: Int, value: JSONValue)]) {
     departures[id] = Departure(answers: answers, deadline: .now.advanced(by: Self.departureGrace))
     if let care = cares[id] {
       care.step = .givenUp
@@ -209,7 +211,7 @@ extension Supervisor {
   }
 
   /// The device's process and its spare.
-  private func processIndices(of id: String) -> [Int] {
+  func processIndices(of id: String) -> [Int] {
     processes.indices.filter { processes[$0].id == id || processes[$0].id == Self.spareName(id) }
   }
 

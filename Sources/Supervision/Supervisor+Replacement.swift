@@ -8,7 +8,7 @@ extension Supervisor {
   /// How long a process may take to end.
   private static let endGrace = Duration.seconds(2)
   /// More than all the core's own deadlines together; it catches a core that hangs.
-  private static let coreGrace = Duration.seconds(120)
+  static let exchangeGrace = Duration.seconds(120)
 
   // MARK: the order
 
@@ -19,6 +19,8 @@ extension Supervisor {
       let order: ReplaceOrder
       do { order = try ReplaceOrder(line: line) } catch { throw .launch(error.message) }
       try checkReplacement(order)
+      takeover.intent = .replacement(order.id)
+      publish()
       offered = identities.next()
       var opened: Spawner.Opened?
       if let spawner { opened = try spawner.order(from: number, offered) }
@@ -35,11 +37,12 @@ extension Supervisor {
         offered = nil
       }
       replacement = Replacement(
-        order: order, client: client, care: plan.care, configuration: plan.configuration, extraArguments: plan.extraArguments,
+        order: order, line: line, client: client, care: plan.care, configuration: plan.configuration, extraArguments: plan.extraArguments,
         hasOtherImage: opened.map { $0.text == Spawner.otherImage } ?? claims.has(Self.candidateName(order.id)),
         deadline: .now.advanced(by: .milliseconds(configuration.deadlines.ready)))
       start(plan, identity)
     } catch { refuse(client, error.message ?? "The back end cannot be replaced") }
+    takeover.intent = nil
     if let offered { identities.release(offered) }
   }
 
@@ -114,7 +117,7 @@ extension Supervisor {
       return failReplacement("The core process takes no requests")
     }
     replacement?.step = step(sequence)
-    replacement?.deadline = .now.advanced(by: Self.coreGrace)
+    replacement?.deadline = .now.advanced(by: Self.exchangeGrace)
   }
 
   // MARK: the core's answers

@@ -77,6 +77,7 @@ extension Supervisor {
     coreIndex = processes.count
     try launchProcess(VMConfiguration.Reserved.core, "martlet-core", launch, readyPipe: nil, isOnTerminal: false)
     let channel = CoreChannel(pair.first)
+    channel.isPeeking = keeper != nil
     self.channel = channel
     try watch(channel.number, .core)
   }
@@ -217,7 +218,7 @@ extension Supervisor {
     if let spawner {
       child = try spawner.start(id, Array(launch.descriptors.dropFirst(Spawner.ownDescriptors)))
     } else {
-      child = try start(launch, program, of: id)
+      child = try start(launch, program, of: id, asSibling: keeper != nil)
       if knownLaunches[id] == nil { knownLaunches[id] = (program, launch) }
     }
     return try enlist(

@@ -18,7 +18,7 @@ extension Supervisor {
     let rules = SystemCallList.supervisor.rules
     upgrade.rules = rules.map { SystemCallRule(number: $0.number, conditions: $0.conditions, reason: "in force", failure: $0.failure) }
     upgrade.cookie = .random(in: 1 ... .max)
-    let installed = upgrade.installed
+    let installed = keeper == nil ? upgrade.installed : rules
     spawner = try attempt { () throws(SystemError) in
       try Spawner.fork(self)
     } or: {
@@ -28,7 +28,12 @@ extension Supervisor {
     // The spawner has it now, and nobody else.
     upgrade.cookie = 0
     guardian.seal()
-    let identity = identities.next()
+    // With a keeper it is one that successors can have too.
+    try confine(as: keeper == nil ? identities.next() : identities.last, installed)
+  }
+
+  /// The walls themselves, from here on for ever.
+  func confine(as identity: ChildIdentity?, _ installed: [SystemCallRule]) throws(SupervisionError) {
     var confinement = csandbox_confinement(
       // A pid namespace would only be for children.
       namespaces: walls.namespaces.subtracting(.process).rawValue, change_identity: identity == nil ? 0 : 1,
@@ -43,14 +48,18 @@ extension Supervisor {
       throw .launch(
         "Cannot \(stage == .fork ? "make namespaces" : stage.action) of martlet-supervisor: \(Errno(error).explanation)\(stage.remedy)")
     }
+    // The change of ids has taken it away.
+    if let keeper, csandbox_die_with(keeper.processID) != 0 { throw .launch("The keeper has ended") }
     do {
+      // With a keeper it does not become another program.
       let directory: CInt =
         switch programs {
-        case .some(let programs): programs.number
+        case .some(let programs): keeper == nil ? programs.number : -1
         case .none: -1
         }
       try ProcessWalls.closeFiles(walls.mode, keepsSignals: true, programs: directory)
-      programs = nil
+      // A successor's is not what it was: the number is something else's by now.
+      if phase != .starting { programs = nil }
       try ProcessWalls.closeCalls(installed, walls.mode)
     } catch { throw failed(error) }
   }

@@ -119,6 +119,10 @@ package final class Supervisor {
   /// An upgrade under way, and what the next one needs.
   var upgrade = UpgradeWork()
 
+  /// Where the state is kept for one that takes over; nil: nobody does.
+  var keeper: KeeperMemory?
+  var takeover = TakeoverWork()
+
   var control: ControlServer?
   var journal = EventJournal()
   /// What was said to and by the latest back end that each device has lost.
@@ -184,6 +188,7 @@ package final class Supervisor {
         }
         for event in events { try handle(event.token) }
         try checkDeadlines(.now)
+        publish()
       }
     } catch { fail(error) }
     for process in processes { process.kill() }
@@ -202,6 +207,7 @@ package final class Supervisor {
 
   /// The first failure is the one that is told.
   func fail(_ error: SupervisionError) {
+    keeper?.retract()
     if failure == nil, outcome == nil { failure = error }
     phase = .ended
   }

@@ -21,6 +21,7 @@ extension Supervisor {
     do throws(SupervisionError) {
       let supervisor = try Supervisor(configuration)
       supervisor.upgrade.arguments = arguments
+      if configuration.outlivesSupervisor { return try Keeper.run(supervisor) }
       return supervisor.run()
     } catch {
       if let message = error.message { Log.error(message) }

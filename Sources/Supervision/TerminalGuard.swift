@@ -18,6 +18,8 @@ final class TerminalGuard {
   private(set) var hasGuardian = false
   private var pipe: OwnedFD?
   private let title: String
+  /// Whoever starts the guardian has a keeper above it, whose child the guardian is to be.
+  var startsSibling = false
   /// Descriptors whose description we share with the shell and made non-blocking.
   private(set) var madeNonBlocking: [CInt] = []
 
@@ -162,7 +164,7 @@ final class TerminalGuard {
   func seal() { tell(device: 0, inode: 0, path: "") }
 
   private func startGuardian() throws(SupervisionError) {
-    let started = try launchGuardian(asSibling: false)
+    let started = try launchGuardian(asSibling: startsSibling)
     hasGuardian = true
     if let process = started.process.take() { guardian = ProcessHandle(processID: started.number, adopting: process) }
     pipe = started.pipe.take()

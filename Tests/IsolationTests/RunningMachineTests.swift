@@ -134,11 +134,12 @@ import Testing
   @Test(
     .enabled(
       if: canRun && BuiltPrograms.exists("martlet-net") && geteuid() == 0 && Hostile.host.lacks.isEmpty,
-      "Needs KVM, root, the programs and the full walls."))
-  func everyProcessAndThreadIsAsDeclared() throws {
-    let directory = "/tmp/martlet-walls-\(getpid())"
+      "Needs KVM, root, the programs and the full walls."),
+    arguments: [false, true])
+  func everyProcessAndThreadIsAsDeclared(afterTakeover: Bool) throws {
+    let directory = "/tmp/martlet-walls-\(getpid())-\(afterTakeover)"
     // Other tests run VMs at the same time.
-    let name = "audit-\(getpid())"
+    let name = "audit-\(getpid())-\(afterTakeover)"
     defer { try? FileManager.default.removeItem(atPath: directory) }
     try Self.prepare(directory)
     // In a network namespace with a tap of its own.
@@ -147,7 +148,8 @@ import Testing
       "/usr/bin/unshare",
       ["--net", "/bin/sh", "-c", script, "sh", BuiltPrograms.path("martlet")]
         + Self.command(directory, "test=idle ms=60000", name: name)
-        + ["--net", "tap=audit0", "--rng", "on", "--cgroup", "off", "--hardened"], directory: directory)
+        + ["--net", "tap=audit0", "--rng", "on", "--cgroup", "off", "--hardened"]
+        + (afterTakeover ? ["--on-supervisor-death", "continue"] : []), directory: directory)
     defer {
       vm.signal(SIGTERM)
       _ = vm.wait()
@@ -158,8 +160,17 @@ import Testing
       if info.output.contains("running for") { break }
       usleep(20_000)
     }
+    if afterTakeover {
+      waitWhile { vm.isRunning && self.processes(of: name)["spawner"] == nil }
+      _ = try RunningProgram(BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "devices"], directory: directory).wait()
+      kill(try #require(self.processes(of: name)["supervisor"]), SIGKILL)
+      waitWhile { vm.isRunning && !vm.errorText.contains("has taken over") }
+    }
     let processes = processes(of: name)
-    try #require(Set(processes.keys) == Set(Self.declared.keys).union(["spawner"]), "\(vm.errorText)")
+    let outside: Set = afterTakeover ? ["spawner", "keeper"] : ["spawner"]
+    try #require(Set(processes.keys) == Set(Self.declared.keys).union(outside), "\(vm.errorText)")
+    // Of the keeper's: states, and ends of processes.
+    let shared: Set = afterTakeover ? ["dev/zero (deleted)"] : []
     let own = namespaces(getpid())
     var uids: Set<String> = []
     var seen: [String: Set<String>] = [:]
@@ -207,7 +218,7 @@ import Testing
         let line = try #require(limits.split(separator: "\n").first { $0.hasPrefix("Max \(limit) ") })
         #expect(line.contains(try Regex(" \(value) +\(value) ")), "\(name): \(line)")
       }
-      checkMaps(name, pid, declared.maps)
+      checkMaps(name, pid, declared.maps.union(["supervisor", "guardian"].contains(name) ? shared : []))
       if name != "supervisor" { #expect(files(pid) == declared.files, "\(name)") }
     }
     // Each was executed anew, so no address of one says anything about another's.
@@ -237,7 +248,7 @@ import Testing
     let spawner = try #require(processes["spawner"])
     #expect(status("/proc/\(spawner)/status")["NoNewPrivs"] == "1")
     #expect(files(spawner) == ["null": 1, "pipe": 1, "socket": 1, "release": 1], "\(files(spawner))")
-    checkMaps("spawner", spawner, ["memfd:statistics (deleted)"])
+    checkMaps("spawner", spawner, shared.union(["memfd:statistics (deleted)"]))
     var facts = stat()
     #expect(stat("/proc/\(spawner)/environ", &facts) == 0 && facts.st_uid == 0)
   }

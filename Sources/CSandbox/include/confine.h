@@ -23,8 +23,8 @@ int csandbox_confine(const struct csandbox_confinement *confinement, int *step);
 
 // fork(2) for a process with one thread, to do later what the parent will not be allowed to. In the child: title, signals
 // blocked, killed with the parent, no_new_privs, not dumpable, no descriptor but `kept` (ascending); returns 0. In the
-// parent the child's process id, or -errno.
-int csandbox_fork_helper(const char *title, const int *kept, int count);
+// parent the child's process id, or -errno. A sibling is the child of the caller's parent, and killed with that.
+int csandbox_fork_helper(const char *title, const int *kept, int count, int is_sibling);
 
 // Such a process ends by itself when the caller is gone, and is not killed then: it has something to put right first.
 void csandbox_outlive(void);

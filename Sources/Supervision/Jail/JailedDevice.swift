@@ -159,7 +159,7 @@ extension Supervisor {
       started = (child, ours, isNew ? JailWalls() : dead.flatMap { processes[$0].jail })
     } else {
       identity = knownJailed[device.id]?.identity ?? (device.keepsIdentity ? nil : given ?? identities.next())
-      let (child, ours, walls) = try launchJailed(device, identity, null: null, asSibling: false)
+      let (child, ours, walls) = try launchJailed(device, identity, null: null, asSibling: keeper != nil)
       knownJailed[device.id] = (device, identity)
       started = (child, ours, walls)
     }

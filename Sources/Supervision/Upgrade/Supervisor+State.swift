@@ -30,7 +30,8 @@ extension Supervisor {
     state.vacancies = vacancies
     state.assignments = assignments
     state.reports = reports.values.sorted { $0.id < $1.id }
-    state.cares = cares.values.sorted { $0.id < $1.id }.map(\.captured)
+    // One that is to take over has a name that is no device's, and is told of apart.
+    state.cares = cares.filter { $0.key == $0.value.id }.values.sorted { $0.id < $1.id }.map(\.captured)
     state.claims = claims.numbers.filter { $0.number >= 0 }.map { .init(disk: $0.disk, file: $0.number) }
     state.conversations = conversations.sorted { $0.key < $1.key }.map { .init(id: $0.key, text: $0.value) }
     state.recordings = recordingCounts.sorted { $0.key < $1.key }.map { .init(id: $0.key, count: UInt64($0.value)) }
@@ -49,6 +50,7 @@ extension Supervisor {
     }
     state.asker = UInt32(clamping: asker)
     state.upgradeCount = upgrade.count &+ 1
+    state.takeoverCount = takeover.count
     return state
   }
 
@@ -74,7 +76,8 @@ extension Supervisor {
     extraArguments = state.extraArguments
     upgrade.rules = state.rules
     upgrade.count = state.upgradeCount
-    channel = CoreChannel(try UpgradedProgram.adopt(state.channel), sequence: state.sequence)
+    takeover.count = state.takeoverCount
+    channel = CoreChannel(try UpgradedProgram.adopt(state.channel), sequence: state.sequence, handledFront: state.unfinished.message)
     coreIndex = state.coreIndex
     for known in state.processes { processes.append(try VMProcess(known)) }
     vacancies = state.vacancies

@@ -46,6 +46,9 @@ extension Supervisor {
     guard spawner != nil else {
       return refuse(client, "The supervisor cannot be upgraded with --sandbox off: it has no spawner, which does half of the work")
     }
+    guard keeper == nil else {
+      return refuse(client, "With --on-supervisor-death continue the supervisor is not upgraded: it stays the program that was started")
+    }
     upgrade.asker = client
     upgrade.isTrial = !arguments.isEmpty
     // It begins when everything has been handled that has come by now.

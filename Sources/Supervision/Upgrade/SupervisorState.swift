@@ -6,7 +6,7 @@ import Sandbox
 /// are numbers here; whoever reads a state owns them.
 struct SupervisorState: Equatable {
   /// Raised whenever the state changes its shape.
-  static let version: UInt16 = 1
+  static let version: UInt16 = 2
   /// "MLUP"
   static let magic: UInt32 = 0x5055_4C4D
   /// No state is longer.
@@ -16,6 +16,37 @@ struct SupervisorState: Equatable {
     var processID: Int32
     var pidfd: CInt
     var pipe: CInt
+  }
+
+  /// Handed on when the supervisor is killed; an upgrade makes a new one.
+  struct Spawner: Equatable {
+    var processID: Int32
+    var pidfd: CInt
+    var line: CInt
+  }
+
+  /// A replacement that the core is carrying out.
+  struct Replacement: Equatable {
+    var line: String
+    var client: UInt32
+    var sequence: UInt32
+    var care: Care
+    var changes: [DeviceChange]
+    var extraArguments: [String]
+    var hasOtherImage: Bool
+  }
+
+  /// What was under way when the supervisor was killed: undone by the one that takes over, or ended.
+  struct Unfinished: Equatable {
+    /// Processes by their places, that were not yet, or not any more, what they are to be.
+    var processes: [Int] = []
+    /// Devices that were coming and going.
+    var additions: [String] = []
+    var departures: [String] = []
+    /// The device that was to be given another back end, if the core had not been told.
+    var replaced: String?
+    /// The core's message that has been handled last, and may still be in its socket.
+    var message: [UInt8] = []
   }
 
   struct Process: Equatable {
@@ -178,6 +209,10 @@ struct SupervisorState: Equatable {
   /// Who asked for the upgrade.
   var asker: UInt32 = 0
   var upgradeCount: UInt32 = 0
+  var takeoverCount: UInt32 = 0
+  var spawner: Spawner?
+  var replacement: Replacement?
+  var unfinished = Unfinished()
 
   /// All that survive exec for this state's sake.
   var descriptors: [CInt] {
@@ -185,6 +220,7 @@ struct SupervisorState: Equatable {
     all += processes.map(\.pidfd) + cares.flatMap(\.resources) + cares.compactMap(\.spare?.socket) + statistics.map(\.file)
     all += claims.map(\.file)
     all += cares.compactMap(\.spare?.image)
+    all += [spawner?.pidfd, spawner?.line].compactMap { $0 }
     return all + escapeLines.map(\.line) + clients.map(\.socket)
   }
 }
@@ -284,6 +320,26 @@ extension SupervisorState {
     writer.number(nextEvent)
     writer.number(asker)
     writer.number(upgradeCount)
+    writer.number(takeoverCount)
+    writer.optional(spawner) { writer, spawner in
+      writer.number(spawner.processID)
+      writer.number(spawner.pidfd)
+      writer.number(spawner.line)
+    }
+    writer.optional(replacement) { writer, replacement in
+      writer.text(replacement.line)
+      writer.number(replacement.client)
+      writer.number(replacement.sequence)
+      replacement.care.encode(to: &writer)
+      writer.changes(replacement.changes)
+      writer.texts(replacement.extraArguments)
+      writer.flag(replacement.hasOtherImage)
+    }
+    writer.list(unfinished.processes) { $0.number(UInt16($1)) }
+    writer.texts(unfinished.additions)
+    writer.texts(unfinished.departures)
+    writer.optional(unfinished.replaced) { $0.text($1) }
+    writer.packet(unfinished.message)
     return writer.bytes
   }
 
@@ -420,6 +476,23 @@ extension SupervisorState {
     guard nextEvent > events.count else { throw .badField("events") }
     asker = try reader.number()
     upgradeCount = try reader.number()
+    takeoverCount = try reader.number()
+    spawner = try reader.optional("spawner") { reader throws(MessageError) in
+      Spawner(
+        processID: try reader.processID("spawner"), pidfd: try reader.descriptor("spawner"), line: try reader.descriptor("spawner"))
+    }
+    replacement = try reader.optional("replacement") { reader throws(MessageError) in
+      Replacement(
+        line: try reader.text("replacement"), client: try reader.number(), sequence: try reader.number(), care: try Care(from: &reader),
+        changes: try reader.changes(), extraArguments: try reader.texts("replacement", limit: 256),
+        hasOtherImage: try reader.flag("replacement"))
+    }
+    unfinished.processes = try reader.list("unfinished", limit: 256) { reader throws(MessageError) in try index(&reader, "unfinished") }
+    for list in [\Unfinished.additions, \.departures] {
+      unfinished[keyPath: list] = try reader.list("unfinished", limit: 256) { reader throws(MessageError) in try reader.identifier() }
+    }
+    unfinished.replaced = try reader.optional("unfinished") { reader throws(MessageError) in try reader.identifier() }
+    unfinished.message = try reader.packet("unfinished")
     guard Set(descriptors).count == descriptors.count else { throw .badField("descriptors") }
   }
 }

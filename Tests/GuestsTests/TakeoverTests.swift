@@ -1,0 +1,243 @@
+// The supervisor is killed under a guest that checks every byte, and another takes the VM over.
+
+import Foundation
+import TestSupport
+import Testing
+
+@Suite(
+  "The supervisor is killed, and the VM goes on", .serialized,
+  .enabled(if: WholeVM.canRun, "These tests need /dev/kvm and the built programs."))
+struct TakeoverTests {
+  private static let options = [
+    "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl", "--serial", "file=serial.log", "--on-supervisor-death", "continue",
+  ]
+
+  /// A VM that writes until it has written enough, or is ended, and what the tests do with it.
+  private final class Home {
+    let whole: WholeVM
+    let vm: RunningProgram
+    private(set) var kills = 0
+
+    init(_ guest: String = "test=blk op=write depth=16 n=100000000 span=2", _ options: [String] = TakeoverTests.options) throws {
+      whole = try WholeVM()
+      vm = try whole.start(["--cmdline", guest] + options)
+      try whole.waitUntilRunning()
+      // The guest runs before the supervisor has its walls up; a state is kept from then on.
+      waitWhile { vm.isRunning && whole.processes["spawner"] == nil }
+      _ = try whole.ctl("devices")
+    }
+
+    func number(_ key: String) throws -> Int {
+      let answer = try JSONSerialization.jsonObject(with: Data(try whole.ctl("info").output.utf8)) as? [String: Any]
+      return answer?[key] as? Int ?? -1
+    }
+
+    /// Kills the supervisor; returns when another one has taken over.
+    func killSupervisor() throws {
+      let old = try #require(whole.processes["supervisor"])
+      kill(old, SIGKILL)
+      kills += 1
+      waitWhile { vm.isRunning && vm.errorText.components(separatedBy: "has taken over").count <= kills }
+    }
+
+    /// A supervisor that has lived so long does not count as one that dies at once.
+    func rest() { usleep(600_000) }
+
+    /// All devices are served, by processes that are known.
+    func isServed() throws -> Bool {
+      guard let answer = try JSONSerialization.jsonObject(with: Data(try whole.ctl("devices").output.utf8)) as? [String: Any],
+        let devices = answer["devices"] as? [[String: Any]]
+      else { return false }
+      return devices.allSatisfy { device in
+        ["active", "connected"].contains(device["state"] as? String) && device["process"] as? String == "running"
+          && whole.processes[device["id"] as? String ?? ""] == (device["pid"] as? Int).map(Int32.init)
+      }
+    }
+
+    func descriptors(_ name: String) -> Int {
+      whole.processes[name].flatMap { try? FileManager.default.contentsOfDirectory(atPath: "/proc/\($0)/fd").count } ?? -1
+    }
+
+    func memory() -> Int {
+      guard let pid = whole.processes["supervisor"], let status = FileManager.default.contents(atPath: "/proc/\(pid)/status") else {
+        return -1
+      }
+      let line = String(decoding: status, as: UTF8.self).split(separator: "\n").first { $0.hasPrefix("VmRSS:") }
+      return line.flatMap { Int($0.split(separator: " ")[1]) } ?? -1
+    }
+
+    func shutDown(_ location: SourceLocation = #_sourceLocation) throws {
+      #expect(try whole.ctl("shutdown").code == 0, sourceLocation: location)
+      let end = vm.wait(seconds: 120)
+      #expect(end.code == 0, "\(end.errors.suffix(2000))", sourceLocation: location)
+      whole.expectNothingLeft(location)
+    }
+  }
+
+  @Test("A dozen kills under verified writes, some at once after the other, disks dying in between")
+  func underLoad() throws {
+    let home = try Home("test=blk op=write depth=16 n=400000 span=2")
+    let before = home.whole.processes
+    #expect(before["keeper"] == home.vm.pid)
+    usleep(300_000)
+    let count = home.descriptors("supervisor")
+    let rounds = MicroGuest.killRounds(4)
+    for round in 0..<rounds where home.vm.isRunning {
+      for _ in 0..<3 where home.vm.isRunning { try home.killSupervisor() }
+      home.rest()
+      guard let disk = home.whole.processes["blk0"] else { break }
+      kill(disk, SIGKILL)
+      waitWhile { home.vm.isRunning && home.vm.errorText.components(separatedBy: "served again").count <= round + 1 }
+    }
+    #expect(home.kills == 3 * rounds, "the guest's work was over too soon")
+    let after = home.whole.processes
+    for name in ["keeper", "core", "guardian", "spawner", "con0", "serial"] {
+      #expect(before[name] != nil && before[name] == after[name], "\(name)")
+    }
+    #expect(after.count == before.count, "\(after)")
+    waitWhile { home.vm.isRunning && home.descriptors("supervisor") != count }
+    #expect(home.descriptors("supervisor") == count || !home.vm.isRunning)
+    #expect(home.vm.wait(seconds: 120).code == 0, "\(home.vm.errorText.suffix(1000))")
+    let serial = (try? String(contentsOfFile: home.whole.directory + "/serial.log", encoding: .utf8)) ?? ""
+    #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
+    home.whole.expectNothingLeft()
+  }
+
+  @Test("Killed at any moment of an order, a restart or a replacement: nothing half is left, and everything goes on working")
+  func inTheMiddle() throws {
+    let home = try Home()
+    let follower = try RunningProgram(
+      BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl", "--json", "events", "--follow"], directory: home.whole.directory)
+    defer { follower.signal(SIGKILL) }
+    waitWhile { home.vm.isRunning && !follower.outputText.contains("connected") }
+    let orders = ["replace blk0", "add rng id=luck", "replace blk0 --path disk.img", "kill", "remove luck --force", "devices"]
+    let rounds = MicroGuest.killRounds(12)
+    for round in 0..<rounds where home.vm.isRunning {
+      let order = orders[round % orders.count]
+      var client: RunningProgram?
+      if order == "kill" {
+        if let pid = home.whole.processes["blk0"] { kill(pid, SIGKILL) }
+      } else {
+        client = try RunningProgram(
+          BuiltPrograms.path("martlet"), ["ctl", "--control", "ctl"] + order.split(separator: " ").map(String.init),
+          directory: home.whole.directory)
+      }
+      usleep(UInt32.random(in: 0..<15_000))
+      try home.killSupervisor()
+      // Whether it was done or not: it is told something.
+      if let client { #expect(client.wait(seconds: 100).signal == nil, "\(order): no answer") }
+      waitWhile { home.vm.isRunning && (try? home.isServed()) != true }
+      #expect(try home.isServed(), "\(order): \(home.vm.errorText.suffix(1500))")
+      home.rest()
+    }
+    #expect(home.kills == rounds, "\(home.vm.errorText.suffix(1500))")
+    let count = home.descriptors("supervisor")
+    let memory = home.memory()
+    _ = try home.whole.ctl("remove luck --force")
+    for order in ["add rng id=luck", "replace blk0", "remove luck --force", "pause", "resume"] {
+      let answer = try home.whole.ctl(order)
+      #expect(answer.code == 0, "\(order): \(answer.output) \(answer.errors)")
+    }
+    try home.killSupervisor()
+    home.rest()
+    #expect(home.descriptors("supervisor") <= count + 2 && home.memory() < memory + 1024)
+    #expect(try home.number("takeovers") == home.kills)
+    waitWhile { home.vm.isRunning && follower.outputText.components(separatedBy: "\"taken-over\"").count <= home.kills }
+    #expect(follower.isRunning, "who follows events goes on following")
+    try home.shutDown()
+  }
+
+  @Test("One that is killed again and again is given up, and everything ends")
+  func crashLoop() throws {
+    let home = try Home()
+    waitWhile {
+      if let pid = home.whole.processes["supervisor"] { kill(pid, SIGKILL) }
+      return home.vm.isRunning
+    }
+    let end = home.vm.wait()
+    #expect(end.code == 128 + SIGKILL && end.errors.contains("too often; the VM has ended"), "\(end.code) \(end.errors.suffix(500))")
+    home.whole.expectNothingLeft()
+  }
+
+  @Test("The keeper is killed, alone or with the supervisor, and a crash is like a kill")
+  func keeper() throws {
+    for victims in [["keeper"], ["keeper", "supervisor"], ["supervisor", "keeper"]] {
+      let home = try Home()
+      // SIGSEGV, as a crash is seen from outside.
+      kill(try #require(home.whole.processes["supervisor"]), SIGSEGV)
+      waitWhile { home.vm.isRunning && !home.vm.errorText.contains("has taken over") }
+      #expect(home.vm.isRunning, "\(home.vm.errorText)")
+      let pids = try victims.map { try #require(home.whole.processes[$0]) }
+      for pid in pids { kill(pid, SIGKILL) }
+      #expect(home.vm.wait().signal == SIGKILL)
+      home.whole.expectNothingLeft()
+    }
+  }
+
+  @Test("A signal to the process that was started ends the VM as ever, also after a takeover", arguments: [SIGTERM, SIGINT, SIGHUP])
+  func signals(_ number: Int32) throws {
+    let home = try Home()
+    try home.killSupervisor()
+    home.vm.signal(number)
+    let end = home.vm.wait()
+    #expect(end.code == 128 + number, "\(end.errors.suffix(500))")
+    home.whole.expectNothingLeft()
+  }
+
+  @Test("At a terminal: the size, the escape key and the terminal's settings are looked after as before", arguments: ["key", "kill"])
+  func atATerminal(_ end: String) throws {
+    let vm = try MicroVM()
+    let script = """
+      import fcntl, os, pty, re, signal, subprocess, sys, termios, time
+      master, slave = pty.openpty()
+      before = termios.tcgetattr(slave)
+      vm = subprocess.Popen(sys.argv[2:], stdin=slave, stdout=slave)
+      seen = b""
+      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
+      assert termios.tcgetattr(slave) != before, "the terminal is not raw"
+      def supervisor():
+          while True:
+              told = subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "--json", "info"], capture_output=True, text=True).stdout
+              found = re.search('"supervisor":([0-9]+)', told)
+              if found and '"state":"running"' in told: return int(found[1])
+              time.sleep(0.01)
+      known = supervisor()
+      for _ in range(2):
+          os.kill(known, signal.SIGKILL)
+          while supervisor() == known: time.sleep(0.01)
+          known = supervisor()
+      os.write(master, b"abc")
+      while b"abc" not in seen: seen += os.read(master, 4096)
+      if sys.argv[1] == "key": os.write(master, b"\\x01x")
+      else: os.kill(vm.pid, signal.SIGKILL)
+      code = vm.wait(60)
+      for _ in range(2000):
+          if termios.tcgetattr(slave) == before: break
+          time.sleep(0.01)
+      assert termios.tcgetattr(slave) == before, "the terminal is not put right"
+      sys.exit(0 if code == (0 if sys.argv[1] == "key" else -9) else 1)
+      """
+    let words = try vm.command(
+      "test=console bytes=100", ["--console", "tty", "--serial", "file=serial", "--on-supervisor-death", "continue"])
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, end] + words, directory: vm.directory).wait(seconds: 120)
+    #expect(result.code == 0, "\(end): \(result.errors)")
+    vm.expectNothingLeft()
+  }
+
+  @Test("The supervisor is not upgraded, its devices are; without walls there is nobody to take over")
+  func bounds() throws {
+    let home = try Home()
+    let upgrade = try home.whole.ctl("upgrade")
+    #expect(upgrade.code == 0 && upgrade.output.contains("stays the one that was started"), "\(upgrade.output) \(upgrade.errors)")
+    let alone = try home.whole.ctl("upgrade-supervisor")
+    #expect(alone.code != 0 && (alone.output + alone.errors).contains("--on-supervisor-death continue"), "\(alone.output) \(alone.errors)")
+    try home.shutDown()
+    for (words, said) in [
+      (["--on-supervisor-death", "perhaps"], "end or continue"),
+      (["--on-supervisor-death", "continue", "--sandbox", "off"], "--sandbox off"),
+    ] {
+      let result = try home.whole.start(words).wait()
+      #expect(result.code == 2 && result.errors.contains(said), "\(result.errors)")
+    }
+  }
+}
