@@ -25,6 +25,8 @@ struct InfoCard {
   var guess: DeviceGuess
   /// Bytes and shape of the inflight area for one queue of 128, or why there is none.
   var inflight: String
+  /// An inflight area is offered, and none is given.
+  var inflightFails: Bool
   var connectTime: Duration
   var setUpTime: Duration
   /// Looked at during the conversation: some end with it.
@@ -49,7 +51,7 @@ struct InfoCard {
     if offer.protocolFeatures.contains(.config) { (offer.configuration, offer.configurationProblem) = Self.configuration(&link, target) }
     guess = try DeviceGuess.device(options, offer)
     worksInChild = target.worksInChild
-    inflight = Self.inflight(&link, offer)
+    (inflight, inflightFails) = Self.inflight(&link, offer)
   }
 
   /// Back ends differ in how much they give: the whole space, then what devices have.
@@ -57,7 +59,7 @@ struct InfoCard {
     var problem: String?
     for count in [256, 96, 60, 40, 28, 12] {
       do throws(ProbeError) {
-        if let bytes = try link.configuration(byteCount: count) { return (bytes, nil) }
+        if let bytes = try link.configuration(byteCount: count), bytes.count == count { return (bytes, nil) }
         problem = "the back end refused to give it"
       } catch {
         problem = "\(error)"
@@ -72,17 +74,17 @@ struct InfoCard {
     return (nil, problem)
   }
 
-  private static func inflight(_ link: inout Link, _ offer: Offer) -> String {
-    guard offer.protocolFeatures.contains(.inflightShmFD) else { return "not offered" }
+  private static func inflight(_ link: inout Link, _ offer: Offer) -> (String, fails: Bool) {
+    guard offer.protocolFeatures.contains(.inflightShmFD) else { return ("not offered", false) }
     do throws(ProbeError) {
       try link.accept(offer.features.intersection([.version1, .eventIndex, .indirectDescriptors]))
       try link.send(.setVringNum(VringState(index: 0, number: 128)))
       guard case .inflight(let area) = try link.ask(.getInflightFD(InflightDescription(queueCount: 1, queueSize: 128))) else {
-        return "a strange answer"
+        return ("a strange answer", true)
       }
-      return area.size == 0 ? "offered, but no area given" : "\(area.size) bytes for one queue of 128"
+      return area.size == 0 ? ("offered, but no area given", true) : ("\(area.size) bytes for one queue of 128", false)
     } catch {
-      return "offered, but: \(error)"
+      return ("offered, but: \(error)", true)
     }
   }
 

@@ -26,7 +26,7 @@ extension Session {
     } catch {
       // With an acknowledgement asked for, saying no is enough for values; framing is over.
       let asked = header.flags.contains(.needReply) && protocolFeatures.contains(.replyAck)
-      if has("abort-malformed") || has("hang-malformed") || has("leak-malformed") || !asked { try violation("\(error)") }
+      if Self.minds || !asked { try violation("\(error)") }
       reply(header.request, number(22))
       return
     }
@@ -37,11 +37,14 @@ extension Session {
       if has("ack-missing"), header.request == 10 { return }
       if asked || has("ack-always") && header.request != 16 && protocolFeatures.contains(.replyAck) { reply(header.request, zero) }
     } catch let refusal as Refused {
-      if has("abort-malformed") || has("hang-malformed") || has("leak-malformed") { try violation(refusal.why) }
+      if Self.minds { try violation(refusal.why) }
       if !asked { throw Closed() }
       reply(header.request, number(22))
     }
   }
+
+  /// Whether it takes harm from what it should just refuse.
+  private static let minds = ["abort-malformed", "hang-malformed", "leak-malformed", "leak-one"].contains(where: has)
 
   struct Refused: Error { let why: String }
 
@@ -88,7 +91,7 @@ extension Session {
       guard wanted.isSubset(of: offeredProtocol) else { throw Closed() }
       protocolFeatures = wanted
     case .getQueueNum:
-      reply(request, number(has("queue-count-zero") ? 0 : has("port-queues") ? 4 : UInt64(rings.count)))
+      reply(request, number(has("queue-count-zero") ? 0 : has("queue-count-one") ? 1 : has("port-queues") ? 4 : UInt64(rings.count)))
       return true
     case .getMaxMemSlots:
       reply(request, number(has("slots-zero") ? 0 : 16))
@@ -159,6 +162,10 @@ extension Session {
       reply(request, VringState(index: has("base-index") ? 9 : state.index, number: base).encoded)
       return true
     case .getConfig(let asked):
+      if has("config-refused") || has("config-short") && asked.bytes.count > 40 {
+        reply(request, ConfigMessage(offset: asked.offset, bytes: []).encoded)
+        return true
+      }
       var bytes = Array(configuration[Int(asked.offset)..<Int(asked.offset) + asked.bytes.count])
       if has("config-part") { bytes = Array(configuration.prefix(asked.bytes.count)) }
       if has("config-beyond"), asked.offset >= 96 { bytes = [UInt8](repeating: 0x77, count: bytes.count) }
@@ -173,6 +180,10 @@ extension Session {
       guard config.offset == 32, config.bytes.count == 1, device == .block else { throw Refused(why: "not writable") }
       if !has("write-cache-stuck") { disk.writeback = config.bytes[0] & 1 }
     case .getInflightFD(let wanted):
+      if has("inflight-refused") {
+        reply(request, InflightDescription(size: 0, mapOffset: 0, queueCount: wanted.queueCount, queueSize: wanted.queueSize).encoded)
+        return true
+      }
       let one = UInt64(InflightRegion.byteCount(size: wanted.queueSize, packed: features.contains(.packedRing)))
       let size = has("inflight-small") ? 64 : UInt64(wanted.queueCount) * one
       guard size <= 1 << 22 else { throw Closed() }

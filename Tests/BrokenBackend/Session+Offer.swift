@@ -45,6 +45,9 @@ extension Session {
     if has("no-slots") { features.remove(.configureMemSlots) }
     if has("no-inflight") { features.remove(.inflightShmFD) }
     if has("no-reset") { features.remove(.resetDevice) }
+    if has("no-log") { features.remove(.logShmFD) }
+    if has("no-state") { features.remove(.deviceState) }
+    if has("no-crypto") { features.remove(.cryptoSession) }
     return features
   }
 

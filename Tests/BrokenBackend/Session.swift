@@ -138,6 +138,7 @@ final class Session {
     if has("abort-malformed") { abort() }
     if has("hang-malformed") { while true { pause() } }
     if has("leak-malformed") { for _ in 0..<8 { leaked.append(dup(0)) } }
+    if has("leak-one") { leaked.append(dup(0)) }
     throw Closed()
   }
 

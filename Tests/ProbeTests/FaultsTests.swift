@@ -64,6 +64,14 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
     }
   }
 
+  /// It is made again to be sure, and is not held against the next one.
+  @Test func oneDescriptorLostIsALeakOfTheAttackThatDidIt() throws {
+    let ids = "message.set_vring_addr.short,message.get_features.none,message.set_vring_num.short,message.get_features.early"
+    let results = try attack("block", ["leak-one"], only: ids, exact: true, timeout: "5")
+    let leaks = results.filter { $0.verdict.word == "LEAKED" }.map(\.id)
+    #expect(Set(leaks) == ["message.set_vring_addr.short", "message.set_vring_num.short"], "\(results.map { ($0.id, $0.verdict) })")
+  }
+
   @Test(arguments: [
     "ring.head", "ring.index-jump", "ring.next", "ring.self", "ring.loop", "ring.data-outside", "ring.indirect-nested", "ring.packed-loop",
   ])
