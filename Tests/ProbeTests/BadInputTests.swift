@@ -86,6 +86,17 @@ struct BadInputTests {
       Self.run(["bench", "--rw", "read", "--runtime", "0.1"] + words + ["--", programs + "/broken-backend", "{socket}", "block"]) == 2)
   }
 
+  @Test("A disk of one sector is no finding, and too small for what needs more")
+  func oneSector() throws {
+    let place = NSTemporaryDirectory() + "probe-sector-\(UUID().uuidString.prefix(8))"
+    #expect(FileManager.default.createFile(atPath: place, contents: Data(count: 512)))
+    defer { unlink(place) }
+    let backEnd = ["--", programs + "/martlet-block", "--socket-path", "{socket}", "--blk-file", place]
+    let only = "blk.,memory.add-remove"
+    #expect(Self.run(["check", "--writes", "--timeout", "30", "--only", only, "--output", "/dev/null"] + backEnd) == 0)
+    for words in [["bench", "--runtime", "0.1"], ["verify", "--runtime", "0.1"]] { #expect(Self.run(words + backEnd) == 2, "\(words)") }
+  }
+
   @Test("A back end of another type than the verb needs is refused, and a --type that does not fit")
   func otherDevices() {
     for (words, type) in [

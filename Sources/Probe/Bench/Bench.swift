@@ -109,7 +109,9 @@ final class BenchSession {
       let job = try network.get()
       loads = job.frameSizes.map { .network(job, frameSize: $0) }
     } else {
-      loads = [.disk(try disk.get())]
+      let job = try disk.get()
+      if let path = options.text("limit-file") { try LimitResult.expect(path, blockSize: Int(job.blockSize)) }
+      loads = [.disk(job)]
     }
   }
 

@@ -25,6 +25,17 @@ struct LimitResult: Sendable {
     return result
   }
 
+  /// Told before anything is measured: a file that is not there, or smaller than one block.
+  static func expect(_ path: String, blockSize: Int) throws(ProbeError) {
+    let size = try wrapping { () throws(SystemError) in byteCount(of: try OwnedFD.open(path, O_RDONLY)) }
+    guard size >= UInt64(blockSize) else {
+      throw .badOption("limit-file", why: "names \(path), which has \(size) bytes; one block is \(blockSize)")
+    }
+  }
+
+  /// Of a file or a block device.
+  private static func byteCount(of file: borrowing OwnedFD) -> UInt64 { UInt64(max(0, lseek(file.rawValue, 0, SEEK_END))) }
+
   private static func eventRoundTrips(for duration: Duration) -> Double? {
     let there = eventfd(0, CInt(EFD_CLOEXEC))
     let back = eventfd(0, CInt(EFD_CLOEXEC))
@@ -93,7 +104,7 @@ struct LimitResult: Sendable {
   private static func ringRequests(_ job: BlockJob, _ path: String, for duration: Duration) throws(SystemError) -> Double {
     // Reading is enough for a limit, and never harms the file.
     let file = try OwnedFD.open(path, O_RDONLY)
-    let size = try file.status().byteCount
+    let size = byteCount(of: file)
     let blockSize = UInt64(job.blockSize)
     let blocks = min(job.size ?? size, size) / blockSize
     guard blocks > 0 else { throw SystemError("read blocks of \(blockSize) bytes from \(path)", .invalid) }

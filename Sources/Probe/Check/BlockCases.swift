@@ -212,6 +212,7 @@ enum BlockCases {
       try context.needsWriting()
       let client = try context.client()
       let unit = unit(context)
+      try context.needsRoom(7 * unit)
       let pattern = (0..<4 * unit).map { UInt8(truncatingIfNeeded: $0 &* 31 &+ $0 >> 8) }
       let sector = UInt64(unit / 512) * 3
       try expectStatus(0, try request(client, .write, sector, body: pattern), "a write", written: 1)
@@ -228,6 +229,7 @@ enum BlockCases {
       try context.needsWriting()
       let client = try context.client()
       let unit = unit(context)
+      try context.needsRoom(2 * unit)
       let pattern = (0..<2 * unit).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ 3) }
       let shape = RingClient.Shape(name: "odd pieces", readable: [5, 11 + 13, 1, 500])
       try expectStatus(0, try request(client, .write, 0, body: pattern, shape: shape), "a write in odd pieces", written: 1)
@@ -246,6 +248,7 @@ enum BlockCases {
       try context.needs(.blockWriteZeroes)
       let client = try context.client(RingClient.Setup(features: .blockWriteZeroes))
       let unit = unit(context)
+      try context.needsRoom(3 * unit)
       let sectors = UInt64(unit / 512)
       let pattern = [UInt8](repeating: 0x5A, count: 3 * unit)
       try expectStatus(0, try request(client, .write, 0, body: pattern), "a write")
@@ -264,6 +267,7 @@ enum BlockCases {
       try context.needs(.blockDiscard)
       let client = try context.client(RingClient.Setup(features: .blockDiscard))
       let sectors = max(UInt32(unit(context) / 512), context.block.discardSectorAlignment)
+      try context.needsRoom(Int(sectors) * 512)
       try expectStatus(
         0, try request(client, .discard, 0, body: BlockWire.segment(0, sectors)), "a discard of \(sectors) sectors", written: 1)
     },
@@ -326,6 +330,13 @@ enum BlockCases {
 }
 
 extension CheckContext {
+  /// For requests to a part of the disk that a very small one does not have.
+  func needsRoom(_ byteCount: Int) throws {
+    guard block.capacity >= UInt64(byteCount) / 512 else {
+      throw CaseStop.notApplicable("it needs \(byteCount) bytes, and the disk has \(block.capacity) sectors")
+    }
+  }
+
   /// Whether a read left its buffer alone, or gave zeros only, after something else was written: devices for measuring.
   func isNull(_ answer: RingClient.Answer) -> Bool {
     answer.bytes.dropLast().allSatisfy { $0 == 0xA5 } || answer.bytes.dropLast().allSatisfy { $0 == 0 }

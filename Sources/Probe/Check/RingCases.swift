@@ -253,6 +253,7 @@ enum RingCases {
       context in
       try context.needs(.configureMemSlots)
       guard context.device == .block else { throw CaseStop.notApplicable("it needs a disk") }
+      try context.needsRoom(4096)
       let client = try context.client()
       let extra = try Arena(byteCount: 1 << 20, guestStart: 1 << 36)
       let description = RegionDescription(
