@@ -80,7 +80,13 @@ struct JailLearnTests {
       }
       return result
     }
-    let learned = try check(["--learn"])
+    // Watched, and on a machine with other work, it may take longer for a message than a front end waits; what was learned adds up.
+    func patiently(_ mode: [String]) throws -> ProgramResult {
+      var result = try check(mode)
+      for _ in 0..<8 where result.code == 1 && result.output.contains("in time") { result = try check(mode) }
+      return result
+    }
+    let learned = try patiently(["--learn"])
     try #require(learned.code == 0 && learned.output.contains(" 0 failed"), "\(learned.output)\(learned.errors)")
     var profile = try String(contentsOfFile: place.path + "/p", encoding: .utf8)
     #expect(profile.contains("directory {sockets} rw") && profile.contains("refuse clone3 ENOSYS"), "\(profile)")
@@ -92,7 +98,7 @@ struct JailLearnTests {
       profile += written.split(separator: "\n").filter { $0.hasPrefix("capability ") }.joined(separator: "\n") + "\n"
       try profile.write(toFile: place.path + "/p", atomically: true, encoding: .utf8)
     }
-    let jailed = try check([])
+    let jailed = try patiently([])
     #expect(jailed.code == 0 && jailed.output.contains(" 0 failed"), "\(jailed.output)\(jailed.errors)\(profile)")
     // Not somebody else's files: one that was not seen is not there.
     #expect(!jailed.errors.contains("sandbox violation"), "\(jailed.errors)")
