@@ -181,12 +181,17 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
     guard let memory else { throw Refusal("there is no guest memory yet") }
     guard let size = UInt16(exactly: layout.size) else { throw Refusal("a ring of \(layout.size) entries is impossible") }
     let record = try inflight?.region(ofQueue: index, size: size, packed: features.contains(.packedRing))
+    var configuration = VirtqueueConfiguration(
+      size: size, descriptors: GuestAddress(layout.descriptorTable), driver: GuestAddress(layout.availableRing),
+      device: GuestAddress(layout.usedRing), features: features, base: VringBase(rawValue: base))
     do {
-      let ring = try Virtqueue(
-        VirtqueueConfiguration(
-          size: size, descriptors: GuestAddress(layout.descriptorTable), driver: GuestAddress(layout.availableRing),
-          device: GuestAddress(layout.usedRing), features: features, base: VringBase(rawValue: base)),
-        memory: memory, inflight: record)
+      // DPDK's virtio-user starts the rings of its next back end at 0, wherever they are. What was answered is in memory, and
+      // all behind that is to be done.
+      if record == nil, let used = try Virtqueue.usedIndex(misplaced: configuration, memory) {
+        Log.warning("Queue \(index) cannot be at \(base); it goes on at its used index, \(used)")
+        configuration.base = VringBase(availableIndex: used)
+      }
+      let ring = try Virtqueue(configuration, memory: memory, inflight: record)
       rings[index].ports.counters[.replays].add(UInt64(ring.replayCount))
       if ring.replayCount > 0 { Log.info("Queue \(index): \(ring.replayCount) requests were in flight and are done again") }
       return ring

@@ -81,10 +81,9 @@ extension BackEndSession {
   ) throws(VhostUserError) -> Outcome {
     let name = FrontEndRequest.getVringBase.name
     let vring = try vring(state.index, name)
-    let suspending = state.number == 1
-    guard !suspending || protocolFeatures.contains(.getVringBaseInflight) else {
-      throw .invalidValue(field: "suspend flag", value: 1)
-    }
+    // Without the feature it means nothing, and some leave there what memory held.
+    let suspending = protocolFeatures.contains(.getVringBaseInflight) && state.number != 0
+    guard !suspending || state.number == 1 else { throw .invalidValue(field: "suspend flag", value: UInt64(state.number)) }
     let index = Int(state.index)
     guard vring.isStarted else { return .reply(stopped(index, vring.base), nil) }
     let outcome: StopOutcome

@@ -143,7 +143,7 @@ public struct BackEndSession: ~Copyable {
     do throws(VhostUserError) {
       let decoded = try FrontEndMessage(request: request, payload: message.payload)
       try decoded.checkDescriptorCount(message.descriptors.count)
-      try checkGate(request)
+      try checkGate(decoded)
       let outcome = try perform(decoded, &message.descriptors, &delegate, acknowledge: needsReply)
       switch consume outcome {
       case .done: return acknowledgement(of: request, needsReply, code: 0)
@@ -182,7 +182,10 @@ public struct BackEndSession: ~Copyable {
     case later
   }
 
-  private func checkGate(_ request: FrontEndRequest) throws(VhostUserError) {
+  private func checkGate(_ message: FrontEndMessage) throws(VhostUserError) {
+    let request = message.request
+    // DPDK's virtio-user says to the next back end what the one before did not live to hear: that its rings are to be off. They are.
+    if case .setVringEnable(let state) = message, state.number == 0, features.isEmpty { return }
     let isOpen =
       switch request.rules.gate {
       case .none, .protocolFeaturesOffered: true

@@ -92,7 +92,7 @@ extension FrontEndMessage {
     case .setVringNum: self = .setVringNum(try state("ring size", 1...32768))
     case .setVringAddr: self = .setVringAddr(try VringAddress(decoding: payload))
     case .setVringBase: self = .setVringBase(try VringState(decoding: payload))
-    case .getVringBase: self = .getVringBase(try state("suspend flag", 0...1))
+    case .getVringBase: self = .getVringBase(try VringState(decoding: payload))
     case .setVringKick: self = .setVringKick(try VringEvent(decoding: payload))
     case .setVringCall: self = .setVringCall(try VringEvent(decoding: payload))
     case .setVringErr: self = .setVringErr(try VringEvent(decoding: payload))

@@ -70,6 +70,26 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
   @usableFromInline var replayedCount = 0
   @usableFromInline var hasReplays = false
 
+  // SAFETY, of the caller: the pointers are those of a split ring, whose device area covers the used ring.
+  @unsafe private static func usedIndex(_ pointers: RingPointers) -> UInt16 {
+    unsafe clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
+  }
+
+  private static func isPossible(_ base: VringBase, used: UInt16, _ configuration: VirtqueueConfiguration) -> Bool {
+    configuration.isPacked
+      ? base.availableSlot < configuration.size && base.usedSlot < configuration.size
+      : base.rawValue <= UInt32(UInt16.max) && base.availableIndex &- used <= configuration.size
+  }
+
+  /// Where a split ring stands by what was answered, if it cannot be where `configuration.base` says; nil if it can, and of packed rings.
+  public static func usedIndex(misplaced configuration: VirtqueueConfiguration, _ memory: GuestMemory) throws(VirtqueueError) -> UInt16? {
+    guard !configuration.isPacked else { return nil }
+    let pointers = try unsafe configuration.resolve(in: memory)
+    // SAFETY: a split ring's own.
+    let used = unsafe usedIndex(pointers)
+    return isPossible(configuration.base, used: used, configuration) ? nil : used
+  }
+
   /// Takes over a ring as the driver has set it up. It need not be new: `configuration.base` says where it stands.
   /// - Parameter inflight: where chains in flight are recorded. If a former process has recorded some there, they come
   ///   first, and the record, not `configuration.base`, says where the ring stands.
@@ -88,13 +108,9 @@ public struct Virtqueue: ~Copyable, @unchecked Sendable {
       recovery = found
       if let later = found.isFresh ? nil : unsafe Self.base(after: found, configuration, pointers) { base = later }
     }
-    // SAFETY: the device area of a split ring covers the used ring.
-    let usedInMemory = unsafe packed ? 0 : clinux_load_acquire_u16(pointers.device + SplitRing.usedIndexOffset)
-    let isPossible =
-      packed
-      ? base.availableSlot < configuration.size && base.usedSlot < configuration.size
-      : base.rawValue <= UInt32(UInt16.max) && base.availableIndex &- usedInMemory <= configuration.size
-    guard isPossible else { throw .base(base) }
+    // SAFETY: the pointers are those of this configuration.
+    let usedInMemory = unsafe packed ? 0 : Self.usedIndex(pointers)
+    guard Self.isPossible(base, used: usedInMemory, configuration) else { throw .base(base) }
     self.configuration = configuration
     size = configuration.size
     isPacked = packed

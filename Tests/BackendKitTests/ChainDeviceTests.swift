@@ -91,6 +91,16 @@ private let layouts: [FeatureSet] = [
     #expect(try front.request([0x63], room: 1).bytes == [0x43])
   }
 
+  @Test func aRingStartedWhereItCannotBeGoesOnBehindItsAnswers() throws {
+    let front = try FakeFrontEnd(.init(queueSize: 8, features: [])) { Upper() }
+    for _ in 0..<13 { _ = try front.request([0x61], room: 1) }
+    _ = try front.stop(queue: 0)
+    try front.offer([0x64], room: 1)
+    try front.start(queue: 0, base: 0)
+    #expect(try front.nextAnswer().bytes == [0x44])
+    #expect(try front.request([0x65], room: 1).bytes == [0x45])
+  }
+
   @Test func aDeviceThatNeverAnswersIsFoundOut() throws {
     struct Silent: ChainDevice {
       var profile: DeviceProfile { DeviceProfile(device: .entropy) }

@@ -63,7 +63,15 @@ struct ReplacementTests {
     let home = try WholeVM()
     let vm = try start(home, "test=blk op=write depth=16 n=400000 span=2" + variant)
     try replace(home, "blk0")
-    let counts = descriptorCounts(home)
+    // What belonged to the one before goes a moment after the answer.
+    var counts = descriptorCounts(home)
+    var same = 0
+    waitWhile {
+      let now = descriptorCounts(home)
+      same = now == counts ? same + 1 : 0
+      counts = now
+      return vm.isRunning && same < 20
+    }
     var pids: Set<Int32> = []
     for _ in 0..<12 where vm.isRunning {
       try replace(home, "blk0")

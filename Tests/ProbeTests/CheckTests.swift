@@ -159,9 +159,11 @@ private func problem(_ row: (String, String, [String])) -> String? {
           defer { next += 1 }
           return next < catches.count ? catches[next] : nil
         }) {
-          // What the machine had no time for is tried once more; a defect that is not caught stays so.
-          guard problem(row) != nil, let text = problem(row) else { continue }
-          problems.withLock { $0.append(text) }
+          // What the machine had no time for is tried again, as pieces that arrive together on a busy one; a defect that is not
+          // caught stays so.
+          var text = problem(row)
+          for _ in 0..<4 where text != nil { text = problem(row) }
+          if let text { problems.withLock { $0.append(text) } }
         }
         group.leave()
       }

@@ -519,6 +519,19 @@ import VirtioSpec
     }
   }
 
+  @Test func ringsMayBeSwitchedOffAndStoppedBeforeAnythingIsNegotiated() throws {
+    var bench = try BackEndBench()
+    for index: UInt32 in 0...1 { try bench.send(.setVringEnable(VringState(index: index, number: 0))) }
+    // What stands beside the index means nothing yet.
+    let base = try bench.send(.getVringBase(VringState(index: 0, number: 0x55B3)))
+    #expect(base == VringState(index: 0, number: 0).encoded)
+    check(bench.device.log.isEmpty)
+    try bench.negotiate()
+    let kick = try EventFD()
+    try bench.startRing(0, kick: kick)
+    check(bench.backEnd.session.isStarted(0))
+  }
+
   @Test func theFrontEndIsToldOfAChangedConfigurationWhenARingRuns() throws {
     var bench = try BackEndBench()
     try bench.negotiate()

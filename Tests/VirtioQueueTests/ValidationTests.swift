@@ -70,6 +70,19 @@ struct ValidationTests {
     #expect(try refusal(configuration) == nil)
   }
 
+  @Test func aSplitRingThatCannotBeWhereItIsSaidToBeIsWhereItsAnswersEnd() throws {
+    let memory = try GuestFixture.memory()
+    var configuration = VirtqueueConfiguration.contiguous(size: 16, features: split, at: GuestFixture.ring)
+    check(memory.copyIn([100, 0], at: GuestAddress(configuration.device.rawValue + 2)))
+    for (base, used) in [(0, 100), (99, 100), (117, 100), (0x10064, 100), (100, nil), (116, nil)] as [(UInt32, UInt16?)] {
+      configuration.base = VringBase(rawValue: base)
+      #expect(try Virtqueue.usedIndex(misplaced: configuration, memory) == used, "\(base)")
+    }
+    configuration = .contiguous(size: 16, features: packed, at: GuestFixture.ring)
+    configuration.base = VringBase(rawValue: 0x1234)
+    #expect(try Virtqueue.usedIndex(misplaced: configuration, memory) == nil)
+  }
+
   @Test func impossibleStatesAreRefused() throws {
     var configuration = VirtqueueConfiguration.contiguous(size: 16, features: split, at: GuestFixture.ring)
     configuration.base = VringBase(availableIndex: 16)

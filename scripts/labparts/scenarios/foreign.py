@@ -125,6 +125,38 @@ def virtio_user_drives_net(trial):
     _ends_by_sigterm(card)
 
 
+@scenario("DPDK's virtio-user waits for its card, which is killed under it and comes back: frames go there and come back whole", 60)
+def virtio_user_outlives_its_card(trial):
+    trial.only_martlet()
+    if not Path(TESTPMD).exists():
+        raise Skip("dpdk-testpmd is not there (Debian's dpdk-dev)")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = trial.place / "user.socket"
+    # Here the front end listens. It knows nothing of signals: what it writes to a dead card would end it.
+    front = trial.program([
+        "env", "--ignore-signal=PIPE", TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"waits{os.getpid()}",
+        "--lcores", "0@0,1@1", "--vdev", f"net_virtio_user0,path={path},queues=1,queue_size=256,server=1", "--", "--forward-mode=macswap",
+        "--port-topology=loop", "--stats-period", "3600", "--total-num-mbufs=8192"], path)
+    for turn in range(4):
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(path))
+            descriptors = [line.fileno(), theirs.fileno()]
+            card = trial.program([trial.options.bin / "martlet-net", f"--fd={descriptors[0]}", f"--packet-fd={descriptors[1]}"],
+                                 pass_fds=descriptors)
+        _frames_come_back(ours, front)
+        card.kill()
+        card.wait()
+        # What was on its way to the card that is no more belongs to nobody.
+        ours.settimeout(0)
+        try:
+            while ours.recv(65536):
+                pass
+        except BlockingIOError:
+            pass
+    front.kill()
+    front.wait()
+
+
 def _frames_come_back(line, front):
     """Sends frames with a virtio header each, and expects every one with its addresses swapped."""
     line.settimeout(0.5)
