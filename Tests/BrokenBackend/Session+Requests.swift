@@ -10,7 +10,10 @@ import VirtioSpec
 extension Session {
   func process(_ ring: Ring) {
     guard ring.isStarted, ring.isEnabled, ring.wasKicked || has("polls") else { return }
-    if has("stop-late"), !ring.isLate { return }
+    if has("stop-late") {
+      guard ring.isLate else { return }
+      usleep(100_000)
+    }
     ring.wasKicked = false
     guard let index = rings.firstIndex(where: { $0 === ring }) else { return }
     if has("last-queue"), index == rings.count - 1 { return }
