@@ -61,10 +61,10 @@ struct MicroSystemCallTests {
     let window = (stay.0 + (stay.1 - stay.0) / 4)..<stay.1
     let coreCalls = traces.joined().filter { window.contains($0.time) }
     #expect(coreCalls.count <= 5, "\(coreCalls.prefix(20))")
-    // The trace sees what is there to see: the disk's process looks at its ring for a while before it sleeps, so its calls are
-    // fewer than the requests, and far more than the core's.
+    // The trace sees what is there to see: a guest that halts is called, so the disk's process makes far more calls than the core.
+    // For one that looks at its ring, nobody need make any.
     let diskCalls = try diskThreads.map { try calls(vm.path("calls.\($0)")) }.joined().count { window.contains($0.time) }
-    #expect(diskCalls > 50, "\(diskCalls) of the disk's process")
+    #expect(diskCalls > 50 || options != "wait=halt", "\(diskCalls) of the disk's process")
   }
 
   /// What of a thread changes whenever it runs: a thread that never ran made no system call.

@@ -251,10 +251,13 @@ struct JailTests {
     }
     let end = Date().addingTimeInterval(60)
     while access(socket, F_OK) != 0, daemon.isRunning, Date() < end { usleep(5000) }
-    let check = try RunningProgram(
-      BuiltPrograms.path("martlet-probe"),
-      ["check", "--socket", socket, "--writes", "--only", "blk.write,blk.discard,blk.flush,blk.survives,blk.read"]
-    ).wait(seconds: 40)
+    let questions = ["check", "--socket", socket, "--writes", "--only", "blk.write,blk.discard,blk.flush,blk.survives,blk.read"]
+    var check = try RunningProgram(BuiltPrograms.path("martlet-probe"), questions).wait(seconds: 40)
+    // The file is there a moment before anybody listens.
+    while check.errors.contains("ECONNREFUSED"), daemon.isRunning, Date() < end {
+      usleep(20_000)
+      check = try RunningProgram(BuiltPrograms.path("martlet-probe"), questions).wait(seconds: 40)
+    }
     #expect(check.code == 0 && check.output.contains(" 0 failed"), "\(check.output)\(check.errors)\(daemon.errorText)")
     let bench = try RunningProgram(
       BuiltPrograms.path("martlet-probe"), ["bench", "--socket", socket, "--rw", "randrw", "--runtime", "0.3", "--no-syscalls"]
