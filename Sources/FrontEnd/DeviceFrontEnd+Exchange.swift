@@ -70,9 +70,14 @@ extension DeviceFrontEnd {
   package func forget(now: MonotonicTime) {
     switch exchange {
     case .none, .undoing: return
-    case .contacting, .preparing, .ready, .awaiting:
+    case .ready:
       exchange = .none
       candidate = nil
+    case .contacting, .preparing, .awaiting:
+      // Whoever asked waits for an answer, or has been followed by somebody who does not know that.
+      exchange = .none
+      candidate = nil
+      events.append(.exchangeFailed("it was called off"))
     case .draining, .starting:
       failExchange(.closed(midMessage: false), now)
       if exchange == .failed { undo(now) }
@@ -105,7 +110,7 @@ extension DeviceFrontEnd {
     case .activated:
       if exchange == .starting { finishExchange(now) }
     case .failed(let error): candidateFailed(error, now)
-    case .stopped, .resumed, .reset, .configuration, .configurationWritten, .configurationRefused, .callReplaced,
+    case .stopped, .resumed, .reset, .configuration, .configurationWritten, .configurationRefused, .callReplaced, .kicksReplaced,
       .configurationChanged, .channelClosed:
       break
     }
@@ -211,7 +216,7 @@ extension DeviceFrontEnd {
     state = .exchanging
     exchange = .draining
     drainDeadline = now.advanced(by: drainTime)
-    session?.stop(now: now)
+    if !deafen(now) { session?.stop(now: now) }
   }
 
   /// The old one has stopped.
@@ -263,8 +268,9 @@ extension DeviceFrontEnd {
 
   /// The new one cannot, or the old one takes too long.
   func failExchange(_ error: VhostUserError, _ now: MonotonicTime, hasStopped: Bool = false) {
-    let isBeingStopped = exchange == .draining && settling == nil && !hasStopped
+    let isBeingStopped = exchange == .draining && settling == nil && quieting == nil && !hasStopped
     settling = nil
+    quieting = nil
     hasFailedBegun = candidate?.hasBegunRings ?? false
     candidate = nil
     drainDeadline = nil
@@ -292,6 +298,8 @@ extension DeviceFrontEnd {
       state = .detached
       return
     }
+    // It was never stopped.
+    if isDeafened { return session?.replaceKicks(nil, now: now) ?? () }
     if hasFailedBegun, let activation {
       session?.resume(at: standing(of: activation) ?? oldBases, now: now)
     } else {
@@ -320,6 +328,7 @@ extension DeviceFrontEnd {
     exchange = .none
     candidate = nil
     settling = nil
+    quieting = nil
     drainDeadline = nil
     guard answers else { return }
     let sentence = "the back end to be replaced was lost meanwhile"

@@ -14,6 +14,8 @@ extension DeviceFrontEnd {
     inflight = hasRun ? session?.inflight ?? inflight : nil
     session?.abandon()
     settling = nil
+    quieting = nil
+    isDeafened = false
     telling = nil
     calls = [:]
     configurationIsStale = false

@@ -101,7 +101,7 @@ package final class DeviceFrontEnd {
   /// Rings whose progress is looked at.
   var watches: [QueueWatch] = []
   /// What is watched depends on what the device is.
-  private let deviceType: DeviceID
+  let deviceType: DeviceID
   var host: (any DeviceHost)?
   var events: [Event] = []
 
@@ -120,6 +120,9 @@ package final class DeviceFrontEnd {
   var drainDeadline: MonotonicTime?
   /// Rings that have stopped, and requests of theirs that may still be under way.
   var settling: Settling?
+  /// The present back end hears no kicks, so that it comes to rest before it is stopped.
+  var quieting: Quieting?
+  var isDeafened = false
   /// Where the old one's rings stopped.
   var oldBases: [VringState] = []
   var hasFailedBegun = false
@@ -165,7 +168,7 @@ package final class DeviceFrontEnd {
   /// From `.ready` on, if the back end may tell of configuration changes.
   package var channelNumber: CInt? { session?.channelNumber }
   package var deadline: MonotonicTime? {
-    [session?.deadline, candidate?.deadline, drainDeadline, settling?.nextLook].compactMap { $0 }.min()
+    [session?.deadline, candidate?.deadline, drainDeadline, settling?.nextLook, quieting?.nextLook].compactMap { $0 }.min()
   }
   /// While there is a back end that might take over.
   package var candidateNumber: CInt? { candidate?.socketNumber }
@@ -190,6 +193,7 @@ package final class DeviceFrontEnd {
     candidate?.handleTimeout(now: now)
     handleDrainTimeout(now)
     lookWhetherSettled(now)
+    lookWhetherQuiet(now)
     work(now)
   }
 
@@ -434,6 +438,7 @@ package final class DeviceFrontEnd {
       if telling == .configurationWrite { configurationIsStale = true }
       telling = nil
     case .callReplaced: telling = nil
+    case .kicksReplaced: kicksReplaced(now)
     case .configurationChanged:
       configurationIsStale = true
       changeIsAnnounced = true
@@ -465,6 +470,8 @@ package final class DeviceFrontEnd {
     let wasPausing = state == .pausing || awaitsPause
     awaitsPause = false
     settling = nil
+    quieting = nil
+    isDeafened = false
     state = .lost
     session?.abandon()
     activation = nil

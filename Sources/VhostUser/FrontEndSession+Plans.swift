@@ -42,6 +42,11 @@ extension FrontEndSession {
         self.activation?.vrings[position].call = call
       }
       return [callStep(index, call)]
+    case .replaceKicks(let kick):
+      guard let activation, isRunning else { throw .misuse("kicks for rings that do not run") }
+      return activation.vrings.map { vring in
+        step(.setVringKick(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), [kick ?? vring.kick])
+      }
     }
   }
 
@@ -72,6 +77,7 @@ extension FrontEndSession {
       bases = []
     case .readConfiguration, .writeConfiguration: break  // said when the answer came
     case .replaceCall(let index, _): events.append(.callReplaced(index: index))
+    case .replaceKicks: events.append(.kicksReplaced)
     }
   }
 

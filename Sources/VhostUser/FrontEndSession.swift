@@ -34,6 +34,8 @@ public struct FrontEndSession: ~Copyable {
     /// The back end did not give, or take, the configuration bytes; the device goes on.
     case configurationRefused
     case callReplaced(index: Int)
+    /// `replaceKicks` is done.
+    case kicksReplaced
     /// The back end says that its configuration changed; read it again.
     case configurationChanged
     /// The back end closed its own channel; stop watching `channelNumber`.
@@ -56,6 +58,7 @@ public struct FrontEndSession: ~Copyable {
     case readConfiguration(offset: Int, count: Int)
     case writeConfiguration(offset: Int, bytes: [UInt8])
     case replaceCall(index: Int, SharedDescriptor?)
+    case replaceKicks(SharedDescriptor?)
   }
 
   /// One request of the running operation.
@@ -237,6 +240,10 @@ public struct FrontEndSession: ~Copyable {
   public mutating func replaceCall(index: Int, _ call: SharedDescriptor?, now: MonotonicTime) {
     begin(.replaceCall(index: index, call), now)
   }
+
+  /// Another kick descriptor for all rings that run, or their own again. With one that nobody signals the back end finishes what it
+  /// has taken and hears of nothing new. Ends with `.kicksReplaced`.
+  public mutating func replaceKicks(_ kick: SharedDescriptor?, now: MonotonicTime) { begin(.replaceKicks(kick), now) }
 
   /// Nothing more happens; nothing is reported.
   public mutating func abandon() {

@@ -43,9 +43,13 @@ private final class Successor {
   }
 
   func settle(_ bench: Bench, rounds: Int = 60) throws {
-    for _ in 0..<rounds {
-      serveOnce(bench)
-      try bench.settle()
+    for isLater in [false, true] {
+      // A disk's rings stand still for a moment before they are stopped.
+      if isLater { bench.pass(.milliseconds(11)) }
+      for _ in 0..<rounds {
+        serveOnce(bench)
+        try bench.settle()
+      }
     }
   }
 }
@@ -80,7 +84,7 @@ extension Bench {
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench)
     check(bench.events.contains(.exchanged))
-    checkEqual(bench.backDevice.log, ["stop 0", "stop 1"])
+    checkEqual(bench.backDevice.log, ["kick 0", "kick 1", "stop 0", "stop 1"])
     checkEqual(
       new.device.log, ["features [28, 29, 32]", "memory 2", "start 0 size 64 base 5 enabled", "start 1 size 64 base 5 enabled"])
     #expect(bench.device.state == .running && bench.host.status == 15)
@@ -128,7 +132,7 @@ extension Bench {
 
   @Test(arguments: [true, false]) func theOldOneGoesOnWhateverMessageTheNewOneFailsAt(dies: Bool) throws {
     var wasExchanged = false
-    for patience in 0..<80 {
+    for patience in 0..<110 {
       let bench = try Bench()
       bench.startDriver()
       try bench.settle()
@@ -136,9 +140,9 @@ extension Bench {
       let new = try Successor(bench)
       new.patience = patience
       new.dies = dies
-      try new.settle(bench)
+      try new.settle(bench, rounds: 25)
       if !dies, !bench.isExamined { bench.expire() }
-      if bench.device.exchange(drain: .seconds(1), now: bench.now) { try new.settle(bench) }
+      if bench.device.exchange(drain: .seconds(1), now: bench.now) { try new.settle(bench, rounds: 25) }
       if bench.events.contains(.exchanged) {
         wasExchanged = true
         break
@@ -162,16 +166,16 @@ extension Bench {
   }
 
   @Test func whatTheNewOneHadBegunIsFencedAsAfterADeath() throws {
-    for patience in 0..<80 {
+    for patience in 0..<110 {
       let bench = try Bench()
       bench.device.awaitsSuccessor = true
       bench.startDriver()
       try bench.settle()
       let new = try Successor(bench)
-      try new.settle(bench)
+      try new.settle(bench, rounds: 25)
       new.patience = patience
       check(bench.device.exchange(drain: .seconds(1), now: bench.now))
-      try new.settle(bench)
+      try new.settle(bench, rounds: 25)
       if bench.events.contains(.exchanged) { return }
       bench.device.forget(now: bench.now)
       try bench.settle()
@@ -202,6 +206,50 @@ extension Bench {
     try new.settle(bench)
     #expect(bench.device.state == .running)
     #expect(!new.device.log.contains { $0.hasPrefix("start") })
+  }
+
+  @Test func whatIsCalledOffIsAnsweredAndAnotherOneMayCome() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    let new = try Successor(bench)
+    bench.device.forget(now: bench.now)
+    try new.settle(bench)
+    check(bench.hasFailed)
+    bench.events = []
+    let other = try Successor(bench)
+    try other.settle(bench)
+    check(bench.isExamined && !bench.hasFailed)
+    bench.device.forget(now: bench.now)
+    try bench.settle()
+    check(!bench.hasFailed)
+    #expect(bench.device.state == .running)
+  }
+
+  @Test func aDiskHearsNoKicksBeforeItIsStoppedAndItsOwnAgainIfItGoesOn() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    let new = try Successor(bench)
+    try new.settle(bench)
+    bench.backDevice.log = []
+    check(bench.device.exchange(drain: .milliseconds(200), now: bench.now))
+    // It is at work as long as it may be.
+    for index in 0..<50 {
+      bench.host.usedIndex = UInt16(100 + index)
+      try bench.settle()
+      bench.pass(.milliseconds(5))
+    }
+    try bench.settle()
+    check(bench.hasFailed)
+    check(!bench.backDevice.log.contains { $0.hasPrefix("stop") })
+    bench.device.forget(now: bench.now)
+    try bench.settle()
+    #expect(bench.device.state == .running && bench.device.deadline == nil)
+    // What came meanwhile is heard now.
+    let kick = EventFD(adopting: try bench.host.kicks[0].fd.duplicate())
+    #expect(kick.drain() == 1)
+    check(!new.device.log.contains { $0.hasPrefix("start") })
   }
 
   /// The storage daemon of QEMU 7.2: it says where it stopped and finishes what it had taken afterwards.

@@ -61,7 +61,7 @@ struct ReplacementTests {
   @Test("A disk's process is replaced again and again under verified writes, and nothing leaks", arguments: ["", " plain=1"])
   func again(_ variant: String) throws {
     let home = try WholeVM()
-    let vm = try start(home, "test=blk op=write depth=16 n=400000 span=2" + variant)
+    let vm = try start(home, "test=blk op=write depth=16 n=1200000 span=2" + variant)
     try replace(home, "blk0")
     // What belonged to the one before goes a moment after the answer.
     var counts = descriptorCounts(home)
@@ -70,7 +70,7 @@ struct ReplacementTests {
       let now = descriptorCounts(home)
       same = now == counts ? same + 1 : 0
       counts = now
-      return vm.isRunning && same < 20
+      return vm.isRunning && same < 8
     }
     var pids: Set<Int32> = []
     for _ in 0..<12 where vm.isRunning {

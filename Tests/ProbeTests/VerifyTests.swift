@@ -54,7 +54,8 @@ private func broken(
     #expect(!lost.lost.isEmpty || !lost.torn.isEmpty, "\(lost)")
     #expect(!(try broken(["write-torn"])).torn.isEmpty)
     #expect(!(try broken(["write-shifted"])).misplaced.isEmpty)
-    #expect(!(try broken(["answers-twice"])).repeated.isEmpty)
+    // On a busy machine few requests are made between two cuts: then it has not happened.
+    #expect(try (0..<4).contains { _ in try !broken(["answers-twice"]).repeated.isEmpty })
     #expect(!(try broken(["read-fails"])).failed.isEmpty)
     let stuck = try broken(["wrap"], timeout: "0.7") { $0.cuts = false }
     #expect(!stuck.missing.isEmpty, "\(stuck)")
