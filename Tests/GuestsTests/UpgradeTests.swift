@@ -12,7 +12,7 @@ struct UpgradeTests {
   func underLoad() throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=400000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--cmdline", "test=blk op=write depth=16 n=1200000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
       "--serial", "file=serial.log",
     ])
     try home.waitUntilRunning()
@@ -45,7 +45,7 @@ struct UpgradeTests {
   func inTurn() throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=400000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--cmdline", "test=blk op=write depth=16 n=1200000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
       "--serial", "file=serial.log", "--rng", "on",
     ])
     try home.waitUntilRunning()
