@@ -37,7 +37,7 @@ extension DeviceFrontEnd {
     settling.nextLook = now
     if sequel == .exchange { settling.deadline = drainDeadline ?? limit }
     // Requests that are recorded may be left to whoever comes next.
-    if offer?.protocolFeatures.contains(.inflightShmFD) != true {
+    if deviceType == .block, offer?.protocolFeatures.contains(.inflightShmFD) != true {
       settling.rings += bases.compactMap { base in
         usedRings[Int(base.index)].map { ($0, UInt16(truncatingIfNeeded: base.number)) }
       }

@@ -157,6 +157,7 @@ package final class DeviceFrontEnd {
     configuration.allowedFeatures.subtract([
       .accessPlatform, .ringReset, .notificationData, .notificationConfigData, .adminQueue, .suspend, .singleRootIO,
     ])
+    configuration.mayFinishLate = deviceType == .block
     self.configuration = configuration
     session = try FrontEndSession(socket, configuration)
   }

@@ -188,7 +188,7 @@ extension FrontEndSession {
         timeout: suspends ? configuration.timeouts.suspend : configuration.timeouts.drain)
       // QEMU's storage daemon (7.2) finishes requests after its answer, and panics if it has no call descriptor then: stopping
       // a ring took it. It sees both messages in one go.
-      if !isRecorded, let call = vring.call {
+      if configuration.mayFinishLate, !isRecorded, let call = vring.call {
         step.companion = Companion(
           message: .setVringCall(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), descriptors: [call])
       }
