@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "confine.h"
 #include "csandbox.h"
+#include "keeper.h"
 
 #include <cap-ng.h>
 #include <clinux_title.h>
@@ -116,7 +117,7 @@ int csandbox_fork_helper(const char *title, const int *kept, int count, int is_s
   }
   syscall(SYS_close_range, next, ~0u, 0);
   if (csandbox_set_limit(RLIMIT_CORE, 0) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 ||
-      prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0 || getppid() != parent)
+      csandbox_die_with(parent) != 0)
     _exit(1);
   return 0;
 }

@@ -267,10 +267,10 @@ extension DeviceFrontEnd {
   }
 
   /// The new one cannot, or the old one takes too long.
-  func failExchange(_ error: VhostUserError, _ now: MonotonicTime, hasStopped: Bool = false) {
-    let isBeingStopped = exchange == .draining && settling == nil && quieting == nil && !hasStopped
+  func failExchange(_ error: VhostUserError, _ now: MonotonicTime) {
+    let isBeingStopped = exchange == .draining && settling == nil && quieting == nil
     settling = nil
-    quieting = nil
+    quieting?.nextLook = nil
     hasFailedBegun = candidate?.hasBegunRings ?? false
     candidate = nil
     drainDeadline = nil
@@ -299,7 +299,10 @@ extension DeviceFrontEnd {
       return
     }
     // It was never stopped.
-    if isDeafened { return session?.replaceKicks(nil, now: now) ?? () }
+    guard quieting == nil else {
+      session?.replaceKicks(nil, now: now)
+      return
+    }
     if hasFailedBegun, let activation {
       session?.resume(at: standing(of: activation) ?? oldBases, now: now)
     } else {

@@ -13,7 +13,7 @@ extension DeviceFrontEnd {
     let silence: SharedDescriptor
     var indices: [UInt16?] = []
     var since: MonotonicTime
-    /// Nil until the back end has the other kick.
+    /// Nil until the back end has the other kick, and when it is to have its own again.
     var nextLook: MonotonicTime?
   }
 
@@ -23,25 +23,26 @@ extension DeviceFrontEnd {
 
   /// False: it need not be, or cannot.
   func deafen(_ now: MonotonicTime) -> Bool {
-    guard deviceType == .block, offer?.protocolFeatures.contains(.inflightShmFD) != true,
-      activation?.features.contains(.packedRing) == false,
+    guard session?.mayFinishLate == true, activation?.features.contains(.packedRing) == false,
       let event = try? EventFD(), let silence = try? SharedDescriptor(event.fd.duplicate())
     else { return false }
     quieting = Quieting(silence: silence, since: now)
-    isDeafened = true
     session?.replaceKicks(silence, now: now)
     return true
   }
 
   /// The back end hears what it is to hear.
   func kicksReplaced(_ now: MonotonicTime) {
-    if quieting != nil {
+    guard quieting != nil else { return }
+    switch exchange {
+    case .draining:
       quieting?.since = now
       quieting?.nextLook = now
       lookWhetherQuiet(now)
-    } else if exchange == .undoing, isDeafened {
-      isDeafened = false
+    case .undoing:
+      quieting = nil
       finishUndoing(now)
+    default: break
     }
   }
 
@@ -56,7 +57,6 @@ extension DeviceFrontEnd {
     quieting = present
     guard now.since(present.since) >= Self.rest else { return }
     quieting = nil
-    isDeafened = false
     session?.stop(now: now)
   }
 }

@@ -36,17 +36,17 @@ extension DeviceFrontEnd {
     settling.sequels.append(sequel)
     settling.nextLook = now
     if sequel == .exchange { settling.deadline = drainDeadline ?? limit }
-    // Requests that are recorded may be left to whoever comes next.
-    if deviceType == .block, offer?.protocolFeatures.contains(.inflightShmFD) != true {
+    let mayFinishLate = session?.mayFinishLate == true
+    if mayFinishLate {
       settling.rings += bases.compactMap { base in
         usedRings[Int(base.index)].map { ($0, UInt16(truncatingIfNeeded: base.number)) }
       }
-      if sequel == .exchange, activation?.features.contains(.packedRing) == true {
-        let unfinished = bases.count { $0.number & 0xFFFF != $0.number >> 16 }
-        guard unfinished == 0 else { return failExchange(.unfinished(rings: unfinished), now, hasStopped: true) }
-      }
     }
     self.settling = settling
+    if mayFinishLate, sequel == .exchange, activation?.features.contains(.packedRing) == true {
+      let unfinished = bases.count { $0.number & 0xFFFF != $0.number >> 16 }
+      guard unfinished == 0 else { return failExchange(.unfinished(rings: unfinished), now) }
+    }
     lookWhetherSettled(now)
   }
 
@@ -61,8 +61,7 @@ extension DeviceFrontEnd {
       for sequel in present.sequels { finish(sequel, now) }
     } else if present.deadline <= now {
       let error = VhostUserError.unfinished(rings: present.rings.count)
-      settling = nil
-      if present.sequels.contains(.exchange) { failExchange(error, now, hasStopped: true) } else { lose(error) }
+      if present.sequels.contains(.exchange) { failExchange(error, now) } else { lose(error) }
     }
   }
 

@@ -15,7 +15,6 @@ extension DeviceFrontEnd {
     session?.abandon()
     settling = nil
     quieting = nil
-    isDeafened = false
     telling = nil
     calls = [:]
     configurationIsStale = false

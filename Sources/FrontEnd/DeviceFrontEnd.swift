@@ -101,7 +101,7 @@ package final class DeviceFrontEnd {
   /// Rings whose progress is looked at.
   var watches: [QueueWatch] = []
   /// What is watched depends on what the device is.
-  let deviceType: DeviceID
+  private let deviceType: DeviceID
   var host: (any DeviceHost)?
   var events: [Event] = []
 
@@ -122,7 +122,6 @@ package final class DeviceFrontEnd {
   var settling: Settling?
   /// The present back end hears no kicks, so that it comes to rest before it is stopped.
   var quieting: Quieting?
-  var isDeafened = false
   /// Where the old one's rings stopped.
   var oldBases: [VringState] = []
   var hasFailedBegun = false
@@ -472,7 +471,6 @@ package final class DeviceFrontEnd {
     awaitsPause = false
     settling = nil
     quieting = nil
-    isDeafened = false
     state = .lost
     session?.abandon()
     activation = nil

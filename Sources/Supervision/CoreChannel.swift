@@ -18,7 +18,7 @@ final class CoreChannel {
     self.socket = socket
     self.sequence = sequence
     // One that was killed before it could take it out.
-    if !handledFront.isEmpty, UnixSocket.peek(self.socket, limit: Wire.maximumLength + 1) == handledFront { _ = receiveOnce() }
+    if !handledFront.isEmpty, UnixSocket.peek(self.socket, limit: Wire.maximumLength + 1) == handledFront { _ = takeOut() }
   }
 
   /// So many numbers may have been used.
@@ -30,10 +30,7 @@ final class CoreChannel {
   /// It is remembered, and taken out.
   func take() {
     guard !handledFront.isEmpty else { return }
-    let isPeeking = self.isPeeking
-    self.isPeeking = false
-    _ = receiveOnce()
-    self.isPeeking = isPeeking
+    _ = takeOut()
     handledFront = []
     front = []
   }
@@ -80,14 +77,12 @@ final class CoreChannel {
   private func receiveOnce() -> Incoming {
     if isPeeking {
       front = UnixSocket.peek(socket, limit: Wire.maximumLength + 1)
-      if !front.isEmpty {
-        guard front.count <= Wire.maximumLength else { return .broken(.tooLong(byteCount: front.count)) }
-        do throws(MessageError) {
-          let (message, sequence) = try CoreMessage.decode(front, descriptorCount: 0)
-          return .message(message, sequence: sequence)
-        } catch { return .broken(error) }
-      }
+      if !front.isEmpty { return Self.decode(front, isCutOff: front.count > Wire.maximumLength) }
     }
+    return takeOut()
+  }
+
+  private func takeOut() -> Incoming {
     // The core sends no descriptors; any that came are closed with the reception.
     // SAFETY: the buffer is lent for the call.
     let (transfer, truncated, descriptors) = unsafe buffer.withUnsafeMutableBytes { bytes in
@@ -97,13 +92,15 @@ final class CoreChannel {
     switch transfer {
     case .wouldBlock: return .nothing
     case .end, .failed: return .end
-    case .bytes(let count):
-      guard !truncated else { return .broken(.tooLong(byteCount: count)) }
-      do throws(MessageError) {
-        let (message, sequence) = try CoreMessage.decode(
-          Array(buffer[..<count]), descriptorCount: descriptors)
-        return .message(message, sequence: sequence)
-      } catch { return .broken(error) }
+    case .bytes(let count): return Self.decode(Array(buffer[..<count]), descriptorCount: descriptors, isCutOff: truncated)
     }
+  }
+
+  private static func decode(_ packet: [UInt8], descriptorCount: Int = 0, isCutOff: Bool) -> Incoming {
+    guard !isCutOff else { return .broken(.tooLong(byteCount: packet.count)) }
+    do throws(MessageError) {
+      let (message, sequence) = try CoreMessage.decode(packet, descriptorCount: descriptorCount)
+      return .message(message, sequence: sequence)
+    } catch { return .broken(error) }
   }
 }

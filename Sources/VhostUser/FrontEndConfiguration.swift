@@ -21,7 +21,7 @@ public struct FrontEndConfiguration: Sendable {
   /// The inflight area of the back end before this one, which is passed on when rings of its shape are started.
   public var inflight: InflightKept?
   public var timeouts = FrontEndTimeouts()
-  /// It may finish requests after it has answered GET_VRING_BASE, and gets its call descriptor back for that.
+  /// It may finish requests after it has answered GET_VRING_BASE, unless it records them, and gets its call descriptor back for that.
   public var mayFinishLate = false
 
   public init(allowedFeatures: FeatureSet) { self.allowedFeatures = allowedFeatures }

@@ -181,14 +181,13 @@ extension FrontEndSession {
     guard isRunning, let activation else { return [] }
     bases = []
     let suspends = mode == .suspend && offer?.protocolFeatures.contains(.getVringBaseInflight) == true
-    let isRecorded = offer?.protocolFeatures.contains(.inflightShmFD) == true
     return activation.vrings.map { vring in
       var step = Step(
         message: .getVringBase(VringState(index: UInt32(vring.index), number: suspends ? 1 : 0)),
         timeout: suspends ? configuration.timeouts.suspend : configuration.timeouts.drain)
       // QEMU's storage daemon (7.2) finishes requests after its answer, and panics if it has no call descriptor then: stopping
-      // a ring took it. It sees both messages in one go.
-      if configuration.mayFinishLate, !isRecorded, let call = vring.call {
+      // a ring took it. Mostly it finds both messages at once.
+      if mayFinishLate, let call = vring.call {
         step.companion = Companion(
           message: .setVringCall(VringEvent(index: UInt8(vring.index), carriesDescriptor: true)), descriptors: [call])
       }

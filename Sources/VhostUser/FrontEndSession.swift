@@ -241,6 +241,9 @@ public struct FrontEndSession: ~Copyable {
     begin(.replaceCall(index: index, call), now)
   }
 
+  /// Requests may be under way although `GET_VRING_BASE` was answered, and are written down nowhere.
+  public var mayFinishLate: Bool { configuration.mayFinishLate && offer?.protocolFeatures.contains(.inflightShmFD) != true }
+
   /// Another kick descriptor for all rings that run, or their own again. With one that nobody signals the back end finishes what it
   /// has taken and hears of nothing new. Ends with `.kicksReplaced`.
   public mutating func replaceKicks(_ kick: SharedDescriptor?, now: MonotonicTime) { begin(.replaceKicks(kick), now) }

@@ -66,6 +66,17 @@ extension Bench {
   fileprivate var hasFailed: Bool { events.contains { if case .exchangeFailed = $0 { true } else { false } } }
 }
 
+/// A device at work, and a candidate that has been found to be able to take over.
+private func examined(_ features: FeatureSet = Bench.features, awaitsSuccessor: Bool = false) throws -> (Bench, Successor) {
+  let bench = try Bench()
+  bench.device.awaitsSuccessor = awaitsSuccessor
+  bench.startDriver(features)
+  try bench.settle()
+  let new = try Successor(bench)
+  try new.settle(bench)
+  return (bench, new)
+}
+
 @Suite struct ExchangeTests {
   @Test func theNewOneGoesOnWhereTheOldOneStopped() throws {
     let bench = try Bench()
@@ -187,11 +198,7 @@ extension Bench {
   }
 
   @Test func anOldOneThatTakesTooLongGoesOnWhenItIsDone() throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.backDevice.drains = true
     check(bench.device.exchange(drain: .milliseconds(500), now: bench.now))
     try new.settle(bench)
@@ -227,11 +234,7 @@ extension Bench {
   }
 
   @Test func aDiskHearsNoKicksBeforeItIsStoppedAndItsOwnAgainIfItGoesOn() throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.backDevice.log = []
     check(bench.device.exchange(drain: .milliseconds(200), now: bench.now))
     // It is at work as long as it may be.
@@ -254,11 +257,7 @@ extension Bench {
 
   /// The storage daemon of QEMU 7.2: it says where it stopped and finishes what it had taken afterwards.
   @Test func aRingWhoseBackEndIsStillAtWorkIsNotHandedOn() throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.host.usedIndices = [0x2000: 3]
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench)
@@ -276,11 +275,7 @@ extension Bench {
   }
 
   @Test func whoNeverFinishesWhatItHadTakenGoesOn() throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.host.usedIndices = [0x2000: 3]
     check(bench.device.exchange(drain: .milliseconds(500), now: bench.now))
     try new.settle(bench)
@@ -297,11 +292,7 @@ extension Bench {
 
   @Test(arguments: [true, false])
   func aCandidateThatGoesWhileTheOldOneFinishesChangesNothing(dies: Bool) throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.host.usedIndices = [0x2000: 3]
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench)
@@ -319,11 +310,7 @@ extension Bench {
   }
 
   @Test func packedRingsWithRequestsInFlightAreNotHandedOn() throws {
-    let bench = try Bench()
-    bench.startDriver([Bench.features, .packedRing])
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined([Bench.features, .packedRing])
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench)
     // 5: taken up to there, answered up to 0.
@@ -335,12 +322,7 @@ extension Bench {
   }
 
   @Test func anOldOneThatDiesMeanwhileIsADeathAsAnyOther() throws {
-    let bench = try Bench()
-    bench.device.awaitsSuccessor = true
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined(awaitsSuccessor: true)
     bench.backDevice.drains = true
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench, rounds: 3)
@@ -359,11 +341,7 @@ extension Bench {
   }
 
   @Test func whatTheGuestDoesMeanwhileComesAfterwards() throws {
-    let bench = try Bench()
-    bench.startDriver()
-    try bench.settle()
-    let new = try Successor(bench)
-    try new.settle(bench)
+    let (bench, new) = try examined()
     bench.backDevice.drains = true
     check(bench.device.exchange(drain: .seconds(1), now: bench.now))
     try new.settle(bench, rounds: 2)

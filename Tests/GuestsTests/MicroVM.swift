@@ -61,6 +61,36 @@ final class MicroVM {
     return try RunningProgram(words[0], Array(words.dropFirst()), directory: directory)
   }
 
+  /// The VM at a terminal. `meanwhile`, in Python, is done when the guest's console is there; then the console must answer, and the escape
+  /// key (`key`) or SIGKILL (`kill`) ends what was started. The terminal's settings must be what they were.
+  func runAtATerminal(_ end: String, _ options: [String] = [], seconds: Int, steps: Int, meanwhile: String) throws {
+    let script = """
+      import fcntl, os, pty, re, signal, subprocess, sys, termios, time
+      master, slave = pty.openpty()
+      before = termios.tcgetattr(slave)
+      vm = subprocess.Popen(sys.argv[2:], stdin=slave, stdout=slave)
+      seen = b""
+      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
+      assert termios.tcgetattr(slave) != before, "the terminal is not raw"
+      \(meanwhile)
+      os.write(master, b"abc")
+      while b"abc" not in seen: seen += os.read(master, 4096)
+      if sys.argv[1] == "key": os.write(master, b"\\x01x")
+      else: os.kill(vm.pid, signal.SIGKILL)
+      code = vm.wait(\(seconds))
+      for _ in range(\(steps)):
+          if termios.tcgetattr(slave) == before: break
+          time.sleep(0.01)
+      assert termios.tcgetattr(slave) == before, "the terminal is not put right"
+      sys.exit(0 if code == (0 if sys.argv[1] == "key" else -9) else 1)
+      """
+    let words = try command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"] + options)
+    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, end] + words, directory: directory)
+      .wait(seconds: Double(2 * seconds))
+    #expect(result.code == 0, "\(end): \(result.errors)")
+    expectNothingLeft()
+  }
+
   /// Runs the guest to its end; nothing may be left then.
   func run(
     _ commandLine: String, _ options: [String] = [], image: MicroGuest.Image = .elf, below wrapper: [String] = [], seconds: Double = 120

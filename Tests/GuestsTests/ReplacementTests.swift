@@ -61,17 +61,10 @@ struct ReplacementTests {
   @Test("A disk's process is replaced again and again under verified writes, and nothing leaks", arguments: ["", " plain=1"])
   func again(_ variant: String) throws {
     let home = try WholeVM()
-    let vm = try start(home, "test=blk op=write depth=16 n=1200000 span=2" + variant)
+    let vm = try start(home, "test=blk op=write depth=16 n=100000000 span=2 until=button" + variant)
     try replace(home, "blk0")
     // What belonged to the one before goes a moment after the answer.
-    var counts = descriptorCounts(home)
-    var same = 0
-    waitWhile {
-      let now = descriptorCounts(home)
-      same = now == counts ? same + 1 : 0
-      counts = now
-      return vm.isRunning && same < 8
-    }
+    let counts = settled { descriptorCounts(home) }
     var pids: Set<Int32> = []
     for _ in 0..<12 where vm.isRunning {
       try replace(home, "blk0")
@@ -80,7 +73,8 @@ struct ReplacementTests {
     #expect(pids.count > 3, "\(vm.errorText)")
     // What belongs to the last one goes a moment after the answer.
     waitWhile { vm.isRunning && descriptorCounts(home) != counts }
-    if vm.isRunning { #expect(descriptorCounts(home) == counts) }
+    #expect(descriptorCounts(home) == counts)
+    #expect(try home.ctl("power-button").code == 0)
     finish(home, vm)
   }
 
@@ -207,7 +201,8 @@ struct ReplacementTests {
     .enabled(if: hasStorageDaemon, "qemu-storage-daemon is not installed"))
   func storageDaemon() throws {
     let home = try WholeVM()
-    let vm = try start(home, "test=blk op=write depth=8 n=500000 span=2 wait=halt", disk: "path=disk.img,portable=on,num_queues=1")
+    let vm = try start(
+      home, "test=blk op=write depth=8 n=100000000 span=2 wait=halt until=button", disk: "path=disk.img,portable=on,num_queues=1")
     let daemon =
       "--blockdev driver=file,node-name=f,filename={path},locking=off --export type=vhost-user-blk,id=e,node-name=f,writable=on,"
       + "addr.type=fd,addr.str={listen}"
@@ -254,6 +249,7 @@ struct ReplacementTests {
       kill(try #require(home.processes["blk0"]), SIGKILL)
       waitWhile { vm.isRunning && vm.errorText.components(separatedBy: "served again").count == before }
     }
+    #expect(try home.ctl("power-button").code == 0)
     finish(home, vm)
     byHand.signal(SIGTERM)
     _ = byHand.wait()

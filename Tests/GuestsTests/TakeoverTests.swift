@@ -76,7 +76,7 @@ struct TakeoverTests {
 
   @Test("A dozen kills under verified writes, some at once after the other, disks dying in between")
   func underLoad() throws {
-    let home = try Home("test=blk op=write depth=16 n=1000000 span=2")
+    let home = try Home("test=blk op=write depth=16 n=100000000 span=2 until=button")
     let before = home.whole.processes
     #expect(before["keeper"] == home.vm.pid)
     usleep(300_000)
@@ -89,17 +89,17 @@ struct TakeoverTests {
       kill(disk, SIGKILL)
       waitWhile { home.vm.isRunning && home.vm.errorText.components(separatedBy: "served again").count <= round + 1 }
     }
-    // How long the guest works depends on the machine.
-    #expect(home.kills >= 3, "the guest's work was over too soon")
+    #expect(home.kills == 3 * rounds, "the guest's work was over too soon")
+    // "Served again" is said by the core; the successor's title may show a moment later.
+    waitWhile { home.vm.isRunning && home.whole.processes.count != before.count }
     let after = home.whole.processes
-    if home.vm.isRunning {
-      for name in ["keeper", "core", "guardian", "spawner", "con0", "serial"] {
-        #expect(before[name] != nil && before[name] == after[name], "\(name)")
-      }
-      #expect(after.count == before.count, "\(after)")
+    for name in ["keeper", "core", "guardian", "spawner", "con0", "serial"] {
+      #expect(before[name] != nil && before[name] == after[name], "\(name)")
     }
+    #expect(after.count == before.count, "\(after)")
     waitWhile { home.vm.isRunning && home.descriptors("supervisor") != count }
-    #expect(home.descriptors("supervisor") == count || !home.vm.isRunning)
+    #expect(home.descriptors("supervisor") == count)
+    #expect(try home.whole.ctl("power-button").code == 0)
     #expect(home.vm.wait(seconds: 120).code == 0, "\(home.vm.errorText.suffix(1000))")
     let serial = (try? String(contentsOfFile: home.whole.directory + "/serial.log", encoding: .utf8)) ?? ""
     #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
@@ -189,42 +189,21 @@ struct TakeoverTests {
 
   @Test("At a terminal: the size, the escape key and the terminal's settings are looked after as before", arguments: ["key", "kill"])
   func atATerminal(_ end: String) throws {
-    let vm = try MicroVM()
-    let script = """
-      import fcntl, os, pty, re, signal, subprocess, sys, termios, time
-      master, slave = pty.openpty()
-      before = termios.tcgetattr(slave)
-      vm = subprocess.Popen(sys.argv[2:], stdin=slave, stdout=slave)
-      seen = b""
-      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
-      assert termios.tcgetattr(slave) != before, "the terminal is not raw"
-      def supervisor():
-          while True:
-              told = subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "--json", "info"], capture_output=True, text=True).stdout
-              found = re.search('"supervisor":([0-9]+)', told)
-              if found and '"state":"running"' in told: return int(found[1])
-              time.sleep(0.01)
-      known = supervisor()
-      for _ in range(2):
-          os.kill(known, signal.SIGKILL)
-          while supervisor() == known: time.sleep(0.01)
-          known = supervisor()
-      os.write(master, b"abc")
-      while b"abc" not in seen: seen += os.read(master, 4096)
-      if sys.argv[1] == "key": os.write(master, b"\\x01x")
-      else: os.kill(vm.pid, signal.SIGKILL)
-      code = vm.wait(60)
-      for _ in range(2000):
-          if termios.tcgetattr(slave) == before: break
-          time.sleep(0.01)
-      assert termios.tcgetattr(slave) == before, "the terminal is not put right"
-      sys.exit(0 if code == (0 if sys.argv[1] == "key" else -9) else 1)
-      """
-    let words = try vm.command(
-      "test=console bytes=100", ["--console", "tty", "--serial", "file=serial", "--on-supervisor-death", "continue"])
-    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, end] + words, directory: vm.directory).wait(seconds: 120)
-    #expect(result.code == 0, "\(end): \(result.errors)")
-    vm.expectNothingLeft()
+    try MicroVM().runAtATerminal(
+      end, ["--on-supervisor-death", "continue"], seconds: 60, steps: 2000,
+      meanwhile: """
+        def supervisor():
+            while True:
+                told = subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "--json", "info"], capture_output=True, text=True).stdout
+                found = re.search('"supervisor":([0-9]+)', told)
+                if found and '"state":"running"' in told: return int(found[1])
+                time.sleep(0.01)
+        known = supervisor()
+        for _ in range(2):
+            os.kill(known, signal.SIGKILL)
+            while supervisor() == known: time.sleep(0.01)
+            known = supervisor()
+        """)
   }
 
   @Test("The supervisor is not upgraded, its devices are; without walls there is nobody to take over")

@@ -12,7 +12,8 @@ struct UpgradeTests {
   func underLoad() throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=1200000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--cmdline", "test=blk op=write depth=16 n=100000000 span=2 until=button", "--disk", "path=disk.img,restart-limit=10000", "--control",
+      "ctl",
       "--serial", "file=serial.log",
     ])
     try home.waitUntilRunning()
@@ -35,6 +36,7 @@ struct UpgradeTests {
     #expect(after.count == before.count, "\(after)")
     for _ in 0..<200 where descriptors() != count { usleep(10_000) }
     #expect(descriptors() == count)
+    #expect(try home.ctl("power-button").code == 0)
     #expect(vm.wait(seconds: 120).code == 0, "\(vm.errorText.suffix(1000))")
     let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
     #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
@@ -45,7 +47,8 @@ struct UpgradeTests {
   func inTurn() throws {
     let home = try WholeVM()
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=1200000 span=2", "--disk", "path=disk.img,restart-limit=10000", "--control", "ctl",
+      "--cmdline", "test=blk op=write depth=16 n=100000000 span=2 until=button", "--disk", "path=disk.img,restart-limit=10000", "--control",
+      "ctl",
       "--serial", "file=serial.log", "--rng", "on",
     ])
     try home.waitUntilRunning()
@@ -64,6 +67,7 @@ struct UpgradeTests {
       while vm.isRunning, vm.errorText.components(separatedBy: "served again").count <= deaths { usleep(2000) }
     }
     #expect(deaths == 3, "the guest's work was over too soon")
+    #expect(try home.ctl("power-button").code == 0)
     #expect(vm.wait(seconds: 120).code == 0, "\(vm.errorText.suffix(1000))")
     let serial = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
     #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
@@ -95,31 +99,12 @@ struct UpgradeTests {
   @Test("At a terminal: the size, the escape key and the terminal's settings are looked after as before")
   func atATerminal() throws {
     let vm = try MicroVM()
-    let script = """
-      import fcntl, os, pty, signal, struct, subprocess, sys, termios
-      master, slave = pty.openpty()
-      before = termios.tcgetattr(slave)
-      vm = subprocess.Popen(sys.argv[2:], stdin=slave, stdout=slave)
-      seen = b""
-      while b"MICRO-CONSOLE READY" not in seen: seen += os.read(master, 4096)
-      assert termios.tcgetattr(slave) != before, "the terminal is not raw"
-      for _ in range(2): subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "upgrade-supervisor"], check=True)
-      os.write(master, b"abc")
-      while b"abc" not in seen: seen += os.read(master, 4096)
-      if sys.argv[1] == "key": os.write(master, b"\\x01x")
-      else: os.kill(vm.pid, signal.SIGKILL)
-      code = vm.wait(30)
-      for _ in range(200):
-          if termios.tcgetattr(slave) == before: break
-          import time; time.sleep(0.01)
-      assert termios.tcgetattr(slave) == before, "the terminal is not put right"
-      sys.exit(0 if code == (0 if sys.argv[1] == "key" else -9) else 1)
-      """
     for end in ["key", "kill"] {
-      let words = try vm.command("test=console bytes=100", ["--console", "tty", "--serial", "file=serial"])
-      let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script, end] + words, directory: vm.directory).wait(seconds: 60)
-      #expect(result.code == 0, "\(end): \(result.errors)")
-      vm.expectNothingLeft()
+      try vm.runAtATerminal(
+        end, seconds: 30, steps: 200,
+        meanwhile: """
+          for _ in range(2): subprocess.run([sys.argv[2], "ctl", "--control", "ctl", "upgrade-supervisor"], check=True)
+          """)
     }
   }
 }

@@ -64,15 +64,7 @@ struct JailLearnTests {
       let running = backEnd.isRoots ? nil : try RunningProgram(words[0], Array(words.dropFirst()), directory: place.path)
       let end = Date().addingTimeInterval(120)
       while let running, access(socket, F_OK) != 0, running.isRunning, Date() < end { usleep(5000) }
-      func attempt() throws -> ProgramResult {
-        try RunningProgram(BuiltPrograms.path("martlet-probe"), probe, directory: place.path).wait(seconds: 180)
-      }
-      var result = try attempt()
-      // The socket is there a moment before somebody listens.
-      while let running, running.isRunning, Date() < end, result.errors.contains("No back end can be reached") {
-        usleep(20_000)
-        result = try attempt()
-      }
+      let result = try JailTests.probe(probe, of: running, until: end, seconds: 180, directory: place.path)
       if let running {
         running.signal(SIGTERM)
         let ended = running.wait(seconds: 60)

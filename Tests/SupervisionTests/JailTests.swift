@@ -225,6 +225,17 @@ struct JailTests {
     }
   }
 
+  /// What the probe says of a back end that was just started: its socket's file is there a moment before anybody listens.
+  static func probe(_ words: [String], of backEnd: RunningProgram?, until end: Date, seconds: Double, directory: String? = nil) throws
+    -> ProgramResult
+  {
+    while true {
+      let result = try RunningProgram(BuiltPrograms.path("martlet-probe"), words, directory: directory).wait(seconds: seconds)
+      guard let backEnd, result.errors.contains("No back end can be reached"), backEnd.isRunning, Date() < end else { return result }
+      usleep(20_000)
+    }
+  }
+
   @Test(
     .enabled(if: access("/usr/bin/qemu-storage-daemon", X_OK) == 0 && BuiltPrograms.exists("martlet-probe"), "Needs qemu-storage-daemon."),
     arguments: users)
@@ -251,13 +262,9 @@ struct JailTests {
     }
     let end = Date().addingTimeInterval(60)
     while access(socket, F_OK) != 0, daemon.isRunning, Date() < end { usleep(5000) }
-    let questions = ["check", "--socket", socket, "--writes", "--only", "blk.write,blk.discard,blk.flush,blk.survives,blk.read"]
-    var check = try RunningProgram(BuiltPrograms.path("martlet-probe"), questions).wait(seconds: 40)
-    // The file is there a moment before anybody listens.
-    while check.errors.contains("ECONNREFUSED"), daemon.isRunning, Date() < end {
-      usleep(20_000)
-      check = try RunningProgram(BuiltPrograms.path("martlet-probe"), questions).wait(seconds: 40)
-    }
+    let check = try Self.probe(
+      ["check", "--socket", socket, "--writes", "--only", "blk.write,blk.discard,blk.flush,blk.survives,blk.read"], of: daemon, until: end,
+      seconds: 40)
     #expect(check.code == 0 && check.output.contains(" 0 failed"), "\(check.output)\(check.errors)\(daemon.errorText)")
     let bench = try RunningProgram(
       BuiltPrograms.path("martlet-probe"), ["bench", "--socket", socket, "--rw", "randrw", "--runtime", "0.3", "--no-syscalls"]

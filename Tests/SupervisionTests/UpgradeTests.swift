@@ -23,18 +23,6 @@ struct UpgradeTests {
     (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/fd").count) ?? 0
   }
 
-  /// When no connection is on its way out any more.
-  private func settledDescriptors(_ pid: Int32) -> Int {
-    var count = descriptors(pid)
-    for _ in 0..<50 {
-      usleep(50_000)
-      let now = descriptors(pid)
-      if now == count { break }
-      count = now
-    }
-    return count
-  }
-
   private func member(_ home: Installation, _ name: String) throws -> UInt64? {
     try JSONValue(parsing: try home.ctl("info", "--json").output)[name]?.unsigned
   }
@@ -50,7 +38,7 @@ struct UpgradeTests {
     let vm = try start(home)
     let before = processes(home)
     let supervisor = try #require(before["supervisor"])
-    let count = settledDescriptors(supervisor)
+    let count = settled { descriptors(supervisor) }
     var guardians: Set<Int32> = []
     var spawners: Set<Int32> = []
     for round in 1...10 {
@@ -125,7 +113,8 @@ struct UpgradeTests {
     let home = try Installation()
     let vm = try start(home, ["--name", name, "--deadline", "ready=\(name == "up-hang" ? 700 : 20000)"])
     let before = processes(home)
-    let count = settledDescriptors(try #require(before["supervisor"]))
+    let supervisor = try #require(before["supervisor"])
+    let count = settled { descriptors(supervisor) }
     try install(BuiltPrograms.path("martlet-fake"), home)
     var answer = try home.ctl("upgrade-supervisor")
     // The kernel leaves out audit records when many come at once, and then nobody can know which call it was.

@@ -17,6 +17,18 @@ public func waitWhile(_ condition: () throws -> Bool) rethrows {
   while try condition(), ContinuousClock.now < end { usleep(5000) }
 }
 
+/// The value once it has stood still for a moment, when what is on its way out is gone.
+public func settled<T: Equatable>(_ value: () throws -> T) rethrows -> T {
+  var last = try value()
+  for _ in 0..<50 {
+    usleep(50_000)
+    let now = try value()
+    if now == last { break }
+    last = now
+  }
+  return last
+}
+
 /// Records a failure that shows both values when they differ.
 public func checkEqual<T: Equatable>(_ a: T, _ b: T, at location: SourceLocation = #_sourceLocation) {
   if a != b { Issue.record(Comment(rawValue: "\(a) is not \(b)"), sourceLocation: location) }

@@ -97,14 +97,18 @@ static void check_requests(u64 capacity, bool read_only) {
   if (read_only) s = one(WRITE, 0, 512, &written), report("blk.read-only", s == 1, "write status %d", s);
 }
 
-// Runs n requests over [0, sectors) in order with `depth` in flight; in verifying passes the data is checked or made.
-static u64 pass(u32 type, u64 n, u64 sectors, bool verify, u64 *failed) {
+// Runs *count requests over [0, sectors) in order with `depth` in flight; in verifying passes the data is checked or made. With
+// `until=button` the others are over when the power button has been pressed, and *count becomes what was done.
+static u64 pass(u32 type, u64 *count, u64 sectors, bool verify, u64 *failed) {
+  u64 n = *count;
   u64 per = size / 512, places = sectors / per, submitted = 0, done = 0;
   *failed = 0;
+  bool by_button = !verify && option_is("until", "button");
   u64 begin = tsc();
   u32 idle[MAXIMUM_DEPTH], idle_count = depth;
   for (u32 i = 0; i < depth; i++) idle[i] = i;
   while (done < n) {
+    if (by_button && !(done & 1023) && in8(EVENT_PORT) & EVENT_POWER_BUTTON) n = submitted;
     bool added = false;
     while (idle_count && submitted < n) {
       u64 sector = submitted % places * per;
@@ -129,6 +133,7 @@ static u64 pass(u32 type, u64 n, u64 sectors, bool verify, u64 *failed) {
     idle[idle_count++] = (u32)slot;
     done++;
   }
+  *count = n;
   return tsc() - begin;
 }
 
@@ -186,11 +191,11 @@ void test_blk(void) {
   if (sectors > capacity) sectors = capacity;
   u64 places = sectors / (size / 512);
   if (!read_only) {
-    pass(WRITE, places, sectors, true, &failed);
+    pass(WRITE, &places, sectors, true, &failed);
     report("blk.write", failed == 0, "%lu requests %lu failed", places, failed);
     if (disk.features & F_FLUSH) report("blk.flushed", one(FLUSH, 0, 0, NULL) == 0, "after writing");
   }
-  pass(READ, places, sectors, true, &failed);
+  pass(READ, &places, sectors, true, &failed);
   u64 sum = 0;
   for (u64 s = 0; s < places * (size / 512); s++)
     for (u32 i = 0; i < 64; i++) sum += word(s, i);
@@ -199,7 +204,7 @@ void test_blk(void) {
   if (option("move")) move(option_number("move", 0));
   u64 n = option_number("n", 2000), kicks = queue.kicks, interrupts_before = interrupt_count[VECTOR];
   bool writes = option_is("op", "write") && !read_only;
-  u64 ns = nanoseconds(pass(writes ? WRITE : READ, n, sectors, false, &failed));
+  u64 ns = nanoseconds(pass(writes ? WRITE : READ, &n, sectors, false, &failed));
   report("blk.speed", failed == 0 && n > 0, "%s %u bytes depth %u wait %s: %lu per second, %lu ns each, %lu kicks %lu interrupts %lu failed",
          writes ? "write" : "read", size, depth, by_halt ? "halt" : by_interrupt ? "spin" : "poll",
          ns ? n * 1000000000 / ns : 0, n ? ns / n : 0, queue.kicks - kicks, interrupt_count[VECTOR] - interrupts_before, failed);

@@ -6,7 +6,7 @@
 //   alone=1     lets go by itself, unasked, once a device has worked
 #include "virtio.h"
 
-enum { EVENT_PORT = 0x604, EVENT_HOT_PLUG = 2, CAME = 0x610, ASKED = 0x614, EJECT = 0x618 };
+enum { CAME = 0x610, ASKED = 0x614, EJECT = 0x618 };
 #define VECTOR 0x5a
 
 static struct slot {

@@ -26,6 +26,9 @@ static inline void out8(u16 port, u8 v) { __asm__ volatile("outb %0, %1" ::"a"(v
 static inline void out16(u16 port, u16 v) { __asm__ volatile("outw %0, %1" ::"a"(v), "Nd"(port) : "memory"); }
 static inline void out32(u16 port, u32 v) { __asm__ volatile("outl %0, %1" ::"a"(v), "Nd"(port) : "memory"); }
 
+// The machine's generic event register; reading it clears what it tells.
+enum { EVENT_PORT = 0x604, EVENT_POWER_BUTTON = 1, EVENT_HOT_PLUG = 2 };
+
 // Register accesses are single plain `mov`s of the width named; the compiler must neither merge nor widen them.
 #define ACCESSORS(bits, suffix)                                                                          \
   static inline u##bits read##bits(u64 a) {                                                              \

@@ -98,6 +98,13 @@ def replay(probe, talk, back_end, differences):
             raise Failure(f"the replay to {back_end[0]}: {request}{what}")
 
 
+def _virtio_user(prefix, options):
+    """DPDK's front end, which swaps the addresses of each frame and sends it back."""
+    return [TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"{prefix}{os.getpid()}", "--lcores", "0@0,1@1",
+            "--vdev", f"net_virtio_user0,{options},queues=1,queue_size=256", "--", "--forward-mode=macswap", "--port-topology=loop",
+            "--stats-period", "3600", "--total-num-mbufs=8192"]
+
+
 @scenario("DPDK's virtio-user as front end drives martlet-net: frames go there and come back whole", 60)
 def virtio_user_drives_net(trial):
     trial.only_martlet()
@@ -115,10 +122,7 @@ def virtio_user_drives_net(trial):
             card.wait()
             path.unlink()
             card = trial.program(words, path, pass_fds=[theirs.fileno()])
-        front = trial.program([
-            TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"user{os.getpid()}", "--lcores", "0@0,1@1",
-            "--vdev", f"net_virtio_user0,path={path},queues=1,queue_size=256", "--", "--forward-mode=macswap", "--port-topology=loop",
-            "--stats-period", "3600", "--total-num-mbufs=8192"])
+        front = trial.program(_virtio_user("user", f"path={path}"))
         _frames_come_back(ours, front)
         front.kill()
         front.wait()
@@ -133,10 +137,7 @@ def virtio_user_outlives_its_card(trial):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = trial.place / "user.socket"
     # Here the front end listens. It knows nothing of signals: what it writes to a dead card would end it.
-    front = trial.program([
-        "env", "--ignore-signal=PIPE", TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"waits{os.getpid()}",
-        "--lcores", "0@0,1@1", "--vdev", f"net_virtio_user0,path={path},queues=1,queue_size=256,server=1", "--", "--forward-mode=macswap",
-        "--port-topology=loop", "--stats-period", "3600", "--total-num-mbufs=8192"], path)
+    front = trial.program(["env", "--ignore-signal=PIPE", *_virtio_user("waits", f"path={path},server=1")], path)
     for turn in range(4):
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(str(path))
