@@ -44,6 +44,33 @@ private func parse(_ words: [String]) throws -> Options {
   }
 }
 
+@Suite("How long a spinning lane leaves the ring alone")
+struct BatchPaceTests {
+  /// A cycle is a nanosecond. How long after it took `count` requests that took `each` it stays away, after many such turns.
+  private func pause(depth: Int, taking count: Int, each: UInt64) -> UInt64 {
+    var pace = BatchPace(depth: depth, CycleRate(cyclesPerSecond: 1e9))
+    var now: UInt64 = 1 << 40
+    for _ in 0..<100 {
+      now += UInt64(count) * each
+      pace.took(count, now)
+    }
+    return (0..<10_000).first { !pace.isEarly(now + $0) } ?? .max
+  }
+
+  @Test func longerTheMoreThereIsToBatchAndNeverPastItsBound() {
+    #expect((1100...1200).contains(pause(depth: 32, taking: 4, each: 100)))
+    #expect((2200...2400).contains(pause(depth: 32, taking: 12, each: 200)))
+    #expect(pause(depth: 256, taking: 64, each: 200) == 4000)
+  }
+
+  @Test func notAtAllWithFewInFlightOrASlowBackEnd() {
+    #expect(pause(depth: 7, taking: 1, each: 100) == 0)
+    #expect(pause(depth: 1, taking: 1, each: 50) == 0)
+    #expect(pause(depth: 32, taking: 4, each: 700) == 0)
+    #expect(pause(depth: 128, taking: 1, each: 1_000_000_000) == 0)
+  }
+}
+
 @Suite struct LatencyHistogramTests {
   @Test func bucketsFollowOneAnotherWithoutGap() {
     for bucket in 0..<(LatencyHistogram.bucketCount - 1) {

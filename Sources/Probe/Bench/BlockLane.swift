@@ -52,6 +52,7 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   /// When the ring was first found empty; 0 while there is something to do.
   private var idleSince: UInt64 = 0
   private var pacer: RatePacer
+  private var pace: BatchPace
 
   /// Where a lane's slots lie, checked.
   @unsafe
@@ -114,6 +115,7 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
     random = (job.seed &+ UInt64(ring.index) &+ 1) &* 0x9E37_79B9_7F4A_7C15
     cursor = blockCount / UInt64(max(1, job.queueCount)) * UInt64(ring.index % max(1, job.queueCount)) % blockCount
     pacer = RatePacer(rate: job.rate, laneCount: job.queueCount, rate)
+    pace = BatchPace(depth: depth, rate)
     isStanding = ring.queue.allowsStandingChains && 3 * depth <= Int(ring.queue.configuration.size)
     self.ring = ring
     // SAFETY: `places` was checked for so many bytes.
@@ -155,11 +157,26 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
 
   mutating func work(turns: Int, spinning: Bool) -> Bool {
     for _ in 0..<turns {
-      if turn() { continue }
+      if turn() {
+        if spinning { leaveAlone() }
+        continue
+      }
       if !spinning || isBroken || words.load(.phase) >= 2 { return false }
       clinux_pause()
     }
     return true
+  }
+
+  /// Waits until enough may be done that a look is worth its while.
+  @inline(__always)
+  private mutating func leaveAlone() {
+    var now = clinux_cycles()
+    guard pace.isEarly(now), pacer.isLimiting == false else { return }
+    if idleSince == 0 { idleSince = now }
+    while pace.isEarly(now) {
+      clinux_pause()
+      now = clinux_cycles()
+    }
   }
 
   @inline(__always)
@@ -175,13 +192,13 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
         // SAFETY: heads are below 32768.
         unsafe finish(Int(slotOfHead[Int(head)]), now)
       case .empty:
-        return report(taken)
+        return report(taken, now)
       case .broken:
         isBroken = true
         return false
       }
     }
-    return report(taken)
+    return report(taken, now)
   }
 
   @inline(__always)
@@ -196,13 +213,13 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
         taken += 1
         finish(Int(head) / 3, now)
       case .empty:
-        return report(taken)
+        return report(taken, now)
       case .broken:
         isBroken = true
         return false
       }
     }
-    return report(taken)
+    return report(taken, now)
   }
 
   /// The time, once for all that is taken together; waiting is over.
@@ -217,11 +234,12 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   }
 
   @inline(__always)
-  private mutating func report(_ taken: Int) -> Bool {
+  private mutating func report(_ taken: Int, _ now: UInt64) -> Bool {
     guard taken > 0 else {
       if idleSince == 0 { idleSince = clinux_cycles() }
       return false
     }
+    pace.took(taken, now)
     completed &+= UInt64(taken)
     words.store(.completed, completed)
     return true

@@ -173,12 +173,12 @@ struct RatePacer {
 }
 
 /// How fast the time stamp counter runs, measured against the clock.
-struct CycleRate: Sendable {
-  let cyclesPerSecond: Double
+package struct CycleRate: Sendable {
+  package let cyclesPerSecond: Double
   /// Nanoseconds per cycle in 2^-32.
   private let scale: UInt64
 
-  init(cyclesPerSecond: Double) {
+  package init(cyclesPerSecond: Double) {
     self.cyclesPerSecond = cyclesPerSecond
     scale = UInt64(1e9 / cyclesPerSecond * 4_294_967_296)
   }
