@@ -58,8 +58,8 @@ struct BatchPaceTests {
   }
 
   @Test func longerTheMoreThereIsToBatchAndNeverPastItsBound() {
-    #expect((1100...1200).contains(pause(depth: 32, taking: 4, each: 100)))
-    #expect((2200...2400).contains(pause(depth: 32, taking: 12, each: 200)))
+    #expect((1400...1600).contains(pause(depth: 32, taking: 4, each: 100)))
+    #expect((3000...3200).contains(pause(depth: 32, taking: 12, each: 200)))
     #expect(pause(depth: 256, taking: 64, each: 200) == 4000)
   }
 

@@ -4,8 +4,8 @@ import CLinux
 ///
 /// A lane that looks all the time takes requests one by one, and each takes the cache lines of the used ring from the back
 /// end that is about to write into them, and back: on processors that are far from one another that is most of what a
-/// request costs, on both sides. With three in eight of the requests done before the next look, lines travel once for many
-/// requests, and the back end still has the others to work on: it never waits for the lane. What a request's latency is
+/// request costs, on both sides. With half of the requests done before the next look, lines travel once for many
+/// requests, and the back end still has the other half to work on: it never waits for the lane. What a request's latency is
 /// then, is depth over rate, as in every loop that is closed.
 ///
 /// Back ends slower than `slowest` a request (0.6 µs) are not what this is for: there a look costs nothing that could be
@@ -20,10 +20,10 @@ package struct BatchPace {
   private var next: UInt64 = 0
 
   package init(depth: Int, _ rate: CycleRate) {
-    batch = depth < 8 ? 0 : UInt64(depth * 3 / 8)
+    batch = depth < 8 ? 0 : UInt64(depth / 2)
     longest = UInt64(rate.cyclesPerSecond * 4e-6)
     slowest = UInt64(rate.cyclesPerSecond * 0.6e-6)
-    cyclesPerRequest = slowest
+    cyclesPerRequest = 0
   }
 
   /// `count` requests, more than none, were taken at `now`.

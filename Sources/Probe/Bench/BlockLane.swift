@@ -31,6 +31,8 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   private let slotOfHead: UnsafeMutablePointer<UInt16>
   private let freeSlots: UnsafeMutablePointer<UInt16>
   private var freeCount: Int
+  private var freeHead = 0
+  private var freeTail = 0
   /// Per slot: when it was made available, and what it is.
   private let startCycles: UnsafeMutablePointer<UInt64>
   private let kinds: UnsafeMutablePointer<UInt8>
@@ -104,7 +106,7 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
     unsafe slotOfHead = .allocate(capacity: 32768)
     unsafe slotOfHead.initialize(repeating: 0, count: 32768)
     unsafe freeSlots = .allocate(capacity: depth)
-    for slot in 0..<depth { unsafe (freeSlots + slot).initialize(to: UInt16(depth - 1 - slot)) }
+    for slot in 0..<depth { unsafe (freeSlots + slot).initialize(to: UInt16(slot)) }
     freeCount = depth
     unsafe startCycles = .allocate(capacity: depth)
     unsafe startCycles.initialize(repeating: 0, count: depth)
@@ -248,7 +250,8 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   @inline(__always)
   private mutating func finish(_ slot: Int, _ now: UInt64) {
     // SAFETY (all): slot < depth.
-    unsafe freeSlots[freeCount] = UInt16(truncatingIfNeeded: slot)
+    unsafe freeSlots[freeTail] = UInt16(truncatingIfNeeded: slot)
+    freeTail = freeTail + 1 == job.depth ? 0 : freeTail + 1
     freeCount += 1
     // A status that says well is left as it is: storing 0xFF over it would cost a cache line's way for each request. That
     // statuses are written at all is for `check` to say.
@@ -281,10 +284,12 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
     for _ in 0..<limit {
       freeCount -= 1
       // SAFETY: freeCount was above zero; slots are below depth.
-      let slot = unsafe Int(freeSlots[freeCount])
+      let slot = unsafe Int(freeSlots[freeHead])
+      freeHead = freeHead + 1 == job.depth ? 0 : freeHead + 1
       unsafe startCycles[slot] = now
       guard offer(slot) else {
         freeCount += 1
+        freeHead = freeHead == 0 ? job.depth - 1 : freeHead - 1
         break
       }
     }
