@@ -38,9 +38,11 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   /// Reads whose data is cached and which are copied and answered together.
   let foreseen: UnsafeMutablePointer<ForeseenRead>
   var foreseenCount = 0
-  /// Turns until storage is tried without sleeping again, and how many the next failure costs.
-  var turnsToTrial = 0
-  var trialPenalty = 0
+  /// Handing over without sleeping, in the hope that storage answers within the call.
+  var handOverTrial = Trial()
+  /// A short look for what the driver makes available in place of what was just answered.
+  var glanceTrial = Trial()
+  var hasAnswered = false
 
   /// Answers shown to the driver together: few while it is awake, so that it goes on beside us; many when each time wakes it.
   var batch = Self.wakefulBatch
@@ -132,7 +134,10 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
           leaves = true
         }
       }
-      if reaped { publish(&queue) }
+      if reaped {
+        if isTaking, glanceTrial.isNext, batch == Self.wakefulBatch { queue.ring.withdrawKicks() }
+        publish(&queue)
+      }
       let tookAny = isTaking && take(&queue)
       if wasKicked {
         queue.counters.kicks.add(1)
@@ -150,16 +155,10 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     let takes = isTaking && !isThrottled
     // Storage that answered within the call the last time is expected to do so again. Then nobody has to be asked for kicks.
     if engine.hasPrepared {
-      if turnsToTrial == 0 {
+      if handOverTrial.isDue() {
         engine.turn(waiting: false)
-        if engine.hasWork {
-          trialPenalty = 0
-          return
-        }
-        trialPenalty = min(2 * trialPenalty + 1, 63)
-        turnsToTrial = trialPenalty
-      } else {
-        turnsToTrial -= 1
+        handOverTrial.ended(well: engine.hasWork)
+        if engine.hasWork { return }
       }
     } else if engine.hasWork {
       return engine.turn(waiting: false)
@@ -168,6 +167,13 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     if takes, inFlight == 0, poll.nanoseconds > 0, engine.canBePolled, look(&queue, takes) {
       queue.counters[.polls].add(1)
       return
+    }
+    // A driver that looks at its ring all the time replaces at once what was answered: not worth a sleep in between.
+    if takes, hasAnswered, inFlight > 0, batch == Self.wakefulBatch, glanceTrial.isDue() {
+      hasAnswered = false
+      let found = glance(&queue)
+      glanceTrial.ended(well: found)
+      if found { return }
     }
     // Asking for kicks comes last before sleeping; what came meanwhile is taken first, and handed over together with what is prepared. An
     // engine that does not show all of its work has to be asked for it now and then.
@@ -180,6 +186,15 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     let begin = MonotonicTime.now.nanoseconds
     engine.turn(waiting: true)
     poll.slept(from: begin, to: MonotonicTime.now.nanoseconds)
+  }
+
+  /// Looks at the ring for a microsecond or three; whether there is something.
+  private func glance(_ queue: inout DeviceQueue) -> Bool {
+    for _ in 0..<64 {
+      if queue.ring.hasAvailable() { return true }
+      clinux_pause()
+    }
+    return false
   }
 
   /// Looks for work until there is some or the budget is used up; whether there is.
@@ -250,6 +265,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   private mutating func publish(_ queue: inout DeviceQueue) {
     guard answered > 0 else { return }
     answered = 0
+    hasAnswered = true
     let isAsleep = queue.ring.publish()
     if isAsleep { queue.call() }
     batch = isAsleep ? Self.greatestBatch : Self.wakefulBatch

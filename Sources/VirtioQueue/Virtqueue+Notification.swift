@@ -20,6 +20,14 @@ extension Virtqueue {
     // With event indices a split ring is silent as soon as avail_event lies behind.
   }
 
+  /// As `disableKicks`, when a kick was asked for that has not come: takes that back.
+  @inlinable
+  public mutating func withdrawKicks() {
+    guard !isPacked, hasEventIndex else { return disableKicks() }
+    // SAFETY: avail_event is within the device area.
+    unsafe clinux_store_relaxed_u16(device + SplitRing.availableEventOffset(queueSize: size), availableIndex &- 1)
+  }
+
   /// Asks the driver for a kick when it makes something available; true if it has done so already, and then it will not
   /// kick for that: take it now.
   @inlinable

@@ -127,6 +127,7 @@ struct Conversation: ~Copyable {
 
   private mutating func deviceStep() {
     if Bool.random(using: &random) { pair.device.disableKicks() }
+    if Bool.random(using: &random) { pair.device.withdrawKicks() }
     let greed = Int.random(in: 1...8, using: &random)
     for _ in 0..<greed {
       if !take() { break }

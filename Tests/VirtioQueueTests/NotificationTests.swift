@@ -57,6 +57,38 @@ struct NotificationTests {
     }
   }
 
+  @Test(arguments: [split, packed, split.union(.eventIndex), packed.union(.eventIndex)])
+  func aKickThatWasAskedForIsTakenBack(features: FeatureSet) throws {
+    var pair = try QueuePair(size: 8, features)
+    func add() throws -> Bool {
+      _ = try unwrap(pair.driver.add([buffer].span))
+      return pair.driver.publish()
+    }
+    func serve(_ count: Int) {
+      for _ in 0..<count {
+        checkEqual(pair.next(), .chain)
+        pair.device.complete(pair.chain.token, written: 1)
+        _ = pair.device.publish()
+        guard case .used = pair.driver.nextUsed() else {
+          Issue.record("Not used")
+          return
+        }
+      }
+    }
+    // Through all wraps.
+    for turn in 0..<20_000 {
+      let count = 1 + turn % 7
+      check(!pair.device.enableKicks())
+      pair.device.withdrawKicks()
+      for _ in 0..<count { check(try !add(), "Turn \(turn)") }
+      check(pair.device.enableKicks(), "Something is available already")
+      serve(count)
+      check(!pair.device.enableKicks())
+      check(try add(), "Turn \(turn)")
+      serve(1)
+    }
+  }
+
   @Test func firstUseAfterStartCallsAlways() throws {
     for features in [split.union(.eventIndex), packed.union(.eventIndex)] {
       var pair = try QueuePair(size: 8, features)
