@@ -148,7 +148,9 @@ extension BlockQueueWorker where Engine: ~Copyable {
       if unsafe slot.pointee.rangeCount > 0 { return continueRanges(index, &queue) }
       let readByteCount = unsafe slot.pointee.readByteCount
       queue.counters.bytesWritten.add(UInt64(readByteCount))
-      queue.counters.bytesRead.add(UInt64(unsafe slot.pointee.writeByteCount))
+      let writeByteCount = unsafe slot.pointee.writeByteCount
+      queue.counters.bytesRead.add(UInt64(writeByteCount))
+      wasLeftToWorkers = writeByteCount > 0 && writeByteCount < Self.smallWrite && !space.image.isDirect
       answer(index, .ok, written: readByteCount + 1, &queue)
     case .failed(let error): fail(index, error, &queue)
     }

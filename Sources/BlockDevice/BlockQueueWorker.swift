@@ -43,11 +43,22 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
   /// A short look for what the driver makes available in place of what was just answered.
   var glanceTrial = Trial()
   var hasAnswered = false
+  /// The last answer was to a small write through the page cache. On most file systems the kernel's own threads do those, and do many in
+  /// a row while we sleep; replacing them one by one would wake a thread for each.
+  var wasLeftToWorkers = false
+  static var smallWrite: UInt32 { 64 << 10 }
 
   /// Answers shown to the driver together: few while it is awake, so that it goes on beside us; many when each time wakes it.
   var batch = Self.wakefulBatch
 
   static var wakefulBatch: Int { 16 }
+
+  /// Requests that a disk is given, and answers of its that are shown, together. Given all at once it answers all at once, and
+  /// has nothing to do until all of them are replaced.
+  static var diskGroup: Int { 4 }
+
+  /// The image is, or seems to be, on storage that takes its time, and gets its requests from this thread.
+  private var isDisk: Bool { space.image.isDirect || handOverTrial.isFailing && !wasLeftToWorkers }
   static var greatestBatch: Int { 32 }
 
   init(_ desk: WorkerDesk, _ space: BlockConfigurationSpace, _ engine: consuming Engine) throws(SystemError) {
@@ -120,6 +131,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
           if !reaped { now = MonotonicTime.now.nanoseconds }
           reaped = true
           finish(slot, outcome, &queue)
+          if answered >= Self.diskGroup, isDisk, batch == Self.wakefulBatch { publish(&queue) }
         case .readable(let token): if token == WatchToken.order { hasOrder = true } else { wasKicked = true }
         case .time: isThrottled = false
         }
@@ -135,7 +147,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
         }
       }
       if reaped {
-        if isTaking, glanceTrial.isNext, batch == Self.wakefulBatch { queue.ring.withdrawKicks() }
+        if isTaking, glanceTrial.isNext, mayGlance { queue.ring.withdrawKicks() }
         publish(&queue)
       }
       let tookAny = isTaking && take(&queue)
@@ -169,7 +181,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       return
     }
     // A driver that looks at its ring all the time replaces at once what was answered: not worth a sleep in between.
-    if takes, hasAnswered, inFlight > 0, batch == Self.wakefulBatch, glanceTrial.isDue() {
+    if takes, hasAnswered, inFlight > 0, mayGlance, glanceTrial.isDue() {
       hasAnswered = false
       let found = glance(&queue)
       glanceTrial.ended(well: found)
@@ -187,6 +199,8 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     engine.turn(waiting: true)
     poll.slept(from: begin, to: MonotonicTime.now.nanoseconds)
   }
+
+  private var mayGlance: Bool { batch == Self.wakefulBatch && !wasLeftToWorkers }
 
   /// Looks at the ring for a microsecond or three; whether there is something.
   private func glance(_ queue: inout DeviceQueue) -> Bool {
@@ -236,6 +250,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     queue.ring.disableKicks()
     limits = space.limits
     now = MonotonicTime.now.nanoseconds
+    let isDisk = isDisk
     if let limiter = space.limiter, throttle(limiter, &queue) { return false }
     var count = 0
     // At most a ring full: an honest driver has no more outstanding, another one shall not keep us here.
@@ -244,6 +259,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       case .chain:
         count &+= 1
         begin(&queue)
+        if isDisk, count % Self.diskGroup == 0, engine.hasPrepared { engine.turn(waiting: false) }
         // The driver can go on with these while we do the next ones.
         if foreseenCount >= batch { copyForeseen(&queue) }
         if answered >= batch { publish(&queue) }

@@ -3,6 +3,9 @@ struct Trial {
   private var leftOut = 0
   private var penalty = 0
 
+  /// The last one was in vain.
+  var isFailing: Bool { penalty > 0 }
+
   /// Whether it will be due when it is asked for the next time.
   var isNext: Bool { leftOut == 0 }
 
