@@ -36,6 +36,7 @@ public struct Errno: Error, Hashable, Sendable, CustomStringConvertible {
   public static let nameTooLong = Errno(ENAMETOOLONG)
   public static let timedOut = Errno(ETIMEDOUT)
   public static let notADirectory = Errno(ENOTDIR)
+  public static let stale = Errno(ESTALE)
   public static let outOfRange = Errno(ERANGE)
 
   /// The symbol, for example `ENOENT`.

@@ -35,7 +35,7 @@ extension Spawner {
       throw .launch("Only root and the user who started the VM can give it programs and files")
     }
     // Where supervisors come and go, which one it is now is not known here: nobody of this VM gives orders.
-    if supervisor.keeper != nil, parent(of: peer.pid).map({ $0 == getppid() }) != false {
+    if supervisor.configuration.outlivesSupervisor, parent(of: peer.pid).map({ $0 == getppid() }) != false {
       throw .launch("Who gives this order cannot be told; only root and the user who started the VM can")
     }
   }
@@ -53,8 +53,8 @@ extension Spawner {
   static func identity(_ text: String, _ supervisor: Supervisor) throws(SupervisionError) -> ChildIdentity? {
     guard let number = UInt32(text) else { return nil }
     let known = supervisor.knownLaunches.values.map(\.launch.identity) + supervisor.knownJailed.values.map(\.identity)
-    guard let identity = supervisor.identities.identity(of: number, supervisorIsLast: supervisor.keeper != nil), !known.contains(identity)
-    else {
+    let supervisorIsLast = supervisor.configuration.outlivesSupervisor
+    guard let identity = supervisor.identities.identity(of: number, supervisorIsLast: supervisorIsLast), !known.contains(identity) else {
       throw .launch("The id \(number) is not free in this VM")
     }
     return identity

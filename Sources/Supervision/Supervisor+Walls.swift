@@ -16,7 +16,7 @@ extension Supervisor {
   func raiseWalls() throws(SupervisionError) {
     guard walls.mode != .off else { return }
     let rules = SystemCallList.supervisor.rules
-    upgrade.rules = rules.map { SystemCallRule(number: $0.number, conditions: $0.conditions, reason: "in force", failure: $0.failure) }
+    upgrade.rules = Self.ownRules
     upgrade.cookie = .random(in: 1 ... .max)
     let installed = keeper == nil ? upgrade.installed : rules
     spawner = try attempt { () throws(SystemError) in
@@ -30,6 +30,13 @@ extension Supervisor {
     guardian.seal()
     // With a keeper it is one that successors can have too.
     try confine(as: keeper == nil ? identities.next() : identities.last, installed)
+  }
+
+  /// What this program's filter allows, as states say it.
+  static var ownRules: [SystemCallRule] {
+    SystemCallList.supervisor.rules.map {
+      SystemCallRule(number: $0.number, conditions: $0.conditions, reason: "in force", failure: $0.failure)
+    }
   }
 
   /// The walls themselves, from here on for ever.
@@ -51,7 +58,7 @@ extension Supervisor {
     // The change of ids has taken it away.
     if let keeper, csandbox_die_with(keeper.processID) != 0 { throw .launch("The keeper has ended") }
     do {
-      // With a keeper it does not become another program.
+      // With a keeper it is that which becomes another program.
       let directory: CInt =
         switch programs {
         case .some(let programs): keeper == nil ? programs.number : -1

@@ -47,6 +47,8 @@ package final class Supervisor {
   var configuration: VMConfiguration
   /// Until our own walls stand.
   var programs: Programs?
+  /// Where they are.
+  var programDirectory = ""
   /// Under which uid the VM was started.
   let userID: UInt32
   var identities: Identities
@@ -134,7 +136,9 @@ package final class Supervisor {
   /// Prepares to run; opens nothing of the guest's yet. Signals are blocked from here on.
   package init(_ configuration: VMConfiguration) throws(SupervisionError) {
     self.configuration = configuration
-    programs = try Programs()
+    let programs = try Programs()
+    programDirectory = programs.directory
+    self.programs = consume programs
     identities = try Identities(requested: configuration.uidBase)
     walls = try Walls(configuration, identities)
     (groups, groupsLack) = try Self.makeGroups(configuration)

@@ -86,14 +86,26 @@ final class TerminalGuard {
     }
   }
 
-  /// A new guardian stands beside the old one, which goes without having done anything: killed before its pipe ends.
-  func replace(by process: consuming ProcessHandle, _ newPipe: consuming OwnedFD) {
-    if case .some(let old) = guardian.take() {
-      old.signal(SIGKILL)
-      _ = old.waitForEnd()
+  /// A guardian that another one has followed.
+  struct Predecessor: ~Copyable {
+    fileprivate let process: ProcessHandle
+    fileprivate let pipe: OwnedFD
+
+    /// Without having done anything: killed before its pipe ends.
+    consuming func end() {
+      process.signal(SIGKILL)
+      _ = process.waitForEnd()
     }
+  }
+
+  /// A new guardian stands beside the old one, which is to go.
+  func replace(by process: consuming ProcessHandle, _ newPipe: consuming OwnedFD) -> Predecessor? {
+    let old = guardian.take()
+    let oldPipe = pipe.take()
     guardian = consume process
     pipe = consume newPipe
+    guard case .some(let process) = old, case .some(let pipe) = oldPipe else { return nil }
+    return Predecessor(process: process, pipe: pipe)
   }
 
   /// A guardian for the supervisor, which is not us: told of everything, and of no more.

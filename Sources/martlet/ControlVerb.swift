@@ -168,11 +168,7 @@ struct ControlRequest {
     // The supervisor comes last, so that what it does for the devices is done by one that knows them.
     var supervisor = JSONValue.record(["upgraded": .bool(true)])
     let information = try ask(ControlVerb.info.rawValue)
-    if information["keeper"]?.unsigned != nil {
-      supervisor = .record([
-        "upgraded": .bool(false), "text": .string("with --on-supervisor-death continue it stays the one that was started"),
-      ])
-    } else if information["sandbox"]?.string == "off" {
+    if information["sandbox"]?.string == "off" {
       supervisor = .record(["upgraded": .bool(false), "text": .string("with --sandbox off it has no spawner, which does half of the work")])
     } else {
       let answer = try ask(ControlVerb.upgradeSupervisor.rawValue)

@@ -22,6 +22,9 @@ int csandbox_die_with(int parent);
 // Collects a child that has ended: its process id, and how (CLD_..., status). 0: none has. -errno: there is no child.
 int csandbox_collect_any(int *code, int *status);
 
+// Becomes the program behind `fd`, with the caller's environment. -errno when that does not work.
+int csandbox_become_program(int fd, char *const *arguments);
+
 // Waits for one of SIGCHLD, SIGTERM, SIGINT, SIGHUP and SIGWINCH, which must be blocked; *is_terminal: the kernel sent it, to
 // the whole foreground group.
 int csandbox_wait_signal(int *is_terminal);

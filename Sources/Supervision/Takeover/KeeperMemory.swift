@@ -4,7 +4,8 @@ import Glibc
 import HostSystem
 
 /// What supervisor and keeper share: the supervisor's latest state, which it writes and its successor reads, and the ends of
-/// processes, which the keeper writes because it is their parent. The keeper reads nothing of it but whether there is a state.
+/// processes, which the keeper writes because it is their parent. The keeper looks at nothing of it but whether there is a state,
+/// and whether an upgrade has been prepared.
 ///
 /// Unchecked: all accesses are atomic, or to a place that nobody looks at.
 @safe
@@ -15,11 +16,16 @@ final class KeeperMemory: @unchecked Sendable {
     static let number = 0
     static let hasState = 8
     static let lengths = 16
+    /// An upgrade: one more than the number of the program's descriptor, or 0; the state's length; why it came to nothing.
+    static let program = 32
+    static let upgradeLength = 40
+    static let obstacle = 48
     static let endCount = 64
     static let ends = 4096
     static let endSize = 16
     static let states = 32768
-    static let size = states + 2 * SupervisorState.limit
+    static let upgradeState = states + 2 * SupervisorState.limit
+    static let size = upgradeState + SupervisorState.limit
   }
 
   /// As many ends are known as a VM can have at a time, and more.
@@ -98,7 +104,52 @@ final class KeeperMemory: @unchecked Sendable {
     return unsafe Array(UnsafeRawBufferPointer(start: memory + Layout.states + place * SupervisorState.limit, count: length))
   }
 
+  // MARK: an upgrade
+
+  /// The supervisor ends, for the program behind a descriptor to take the VM over with this state; when that cannot be executed, the
+  /// latest state counts. False: it is too long.
+  func offer(_ state: [UInt8], program: CInt) -> Bool {
+    guard state.count <= SupervisorState.limit else { return false }
+    unsafe state.withUnsafeBytes { bytes in
+      guard let start = bytes.baseAddress else { return }
+      unsafe (memory + Layout.upgradeState).copyMemory(from: start, byteCount: bytes.count)
+    }
+    unsafe clinux_store_relaxed_u64(memory + Layout.upgradeLength, UInt64(state.count))
+    unsafe clinux_store_release_u64(memory + Layout.program, UInt64(UInt32(bitPattern: program)) + 1)
+    return true
+  }
+
+  /// In the keeper: what the supervisor that has ended wanted to be executed, and with which state.
+  var offered: (program: CInt, state: [UInt8])? {
+    guard let program = CInt(exactly: Int64(bitPattern: unsafe clinux_load_acquire_u64(memory + Layout.program)) &- 1), program >= 0 else {
+      return nil
+    }
+    let length = min(Int(clamping: unsafe clinux_load_relaxed_u64(memory + Layout.upgradeLength)), SupervisorState.limit)
+    return (program, unsafe Array(UnsafeRawBufferPointer(start: memory + Layout.upgradeState, count: length)))
+  }
+
+  /// In the keeper, before there is another supervisor.
+  func withdrawOffer() { unsafe clinux_store_release_u64(memory + Layout.program, 0) }
+
+  /// Why the program was not executed.
+  var obstacle: Errno {
+    get { Errno(Int32(truncatingIfNeeded: unsafe clinux_load_acquire_u64(memory + Layout.obstacle))) }
+    set { unsafe clinux_store_release_u64(memory + Layout.obstacle, UInt64(UInt32(bitPattern: newValue.rawValue))) }
+  }
+
   // MARK: ends of processes
+
+  /// Those that are known, the oldest first.
+  var ends: [KeeperState.End] {
+    let count = unsafe clinux_load_acquire_u64(memory + Layout.endCount)
+    return (count - min(count, Self.endCapacity)..<count).map { index in
+      let place = unsafe memory + Layout.ends + Int(index % Self.endCapacity) * Layout.endSize
+      let how = unsafe clinux_load_relaxed_u64(place + 8)
+      return KeeperState.End(
+        process: Int32(truncatingIfNeeded: unsafe clinux_load_relaxed_u64(place)), code: Int32(truncatingIfNeeded: how >> 32),
+        status: Int32(truncatingIfNeeded: how))
+    }
+  }
 
   /// In the keeper.
   func record(_ process: Int32, code: CInt, status: CInt) {

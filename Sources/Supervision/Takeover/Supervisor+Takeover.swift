@@ -36,7 +36,7 @@ extension Supervisor {
   /// is taken out of its socket, and what the spawner is to change before it is asked.
   func publish() {
     guard let keeper, phase == .running, let spawner else { return }
-    var state = captureState(for: 0)
+    var state = captureState(for: upgrade.asker ?? 0)
     state.upgradeCount = upgrade.count
     state.spawner = spawner.captured
     state.unfinished = unfinished
@@ -74,10 +74,41 @@ extension Supervisor {
     return unfinished
   }
 
+  /// Ends, for the keeper to become the program of an upgrade. Returns, with everything as it was, when that cannot be.
+  func handOver(_ program: FDBox, _ successor: Spawner.Successor, _ keeper: KeeperMemory, for asker: Int) -> Errno {
+    var state = captureState(for: asker)
+    state.spawner = .init(processID: successor.number, pidfd: successor.process.number, line: successor.line.number)
+    state.unfinished = unfinished
+    let kept = state.descriptors
+    for number in kept { _ = clinux_fcntl(number, F_SETFD, 0) }
+    // The table of descriptors is the keeper's too: nothing is closed.
+    if keeper.offer(state.encode(), program: program.number) { _exit(0) }
+    for number in kept { _ = clinux_fcntl(number, F_SETFD, CLong(FD_CLOEXEC)) }
+    successor.end()
+    return .tooBig
+  }
+
   // MARK: after
 
+  /// In a keeper that has become another program: what its children are forked from.
+  convenience init(keeping known: KeeperState) throws(SupervisionError) {
+    let configuration: VMConfiguration
+    do { configuration = try VMConfiguration(arguments: known.arguments) } catch { throw .launch(error.message) }
+    let signals = try attempt { () throws(SystemError) in
+      try Signals.descriptor(for: [])
+    } or: {
+      .system($0)
+    }
+    try self.init(
+      configuration, userID: known.userID, identities: Identities(base: known.identityBase, used: 0),
+      walls: Walls(mode: known.mode, namespaces: known.namespaces, log: nil), signals: signals,
+      guardian: TerminalGuard(title: "vm/\(configuration.name)", walls: known.mode, SupervisorState()), groups: nil, groupsLack: nil)
+    upgrade.arguments = known.arguments
+    programDirectory = known.directory
+  }
+
   /// In a new child of the keeper, where nothing has happened since the keeper was started: behind the walls first, the state then.
-  func takeOver() -> ExitCode {
+  func takeOver(_ occasion: Keeper.Occasion) -> ExitCode {
     // Everything this object has is the successor's now, under the same numbers.
     _ = unsafe Unmanaged.passRetained(self)
     do throws(SupervisionError) {
@@ -97,7 +128,11 @@ extension Supervisor {
       let successor = try Supervisor(resuming: state, configuration, spawner)
       successor.keeper = keeper
       successor.takeover.inherited = takeover.inherited
-      try successor.finishTakeover(state)
+      successor.channel?.isPeeking = true
+      if occasion == .upgrade { successor.finishUpgrade(state) } else { try successor.finishTakeover(state, occasion) }
+      // Its new size may have been told to one that was not there any more.
+      for process in successor.processes where process.isOnTerminal { process.signal(SIGWINCH) }
+      successor.publish()
       return successor.run()
     } catch {
       Log.error("The supervisor that takes over cannot: \(error.message ?? "it failed"); the VM has ended")
@@ -107,15 +142,13 @@ extension Supervisor {
 
   /// What was open and is in no state was on its way; processes among it are ended.
   private func closeStrays(keeping kept: Set<CInt>) {
-    for number in 3..<TakeoverWork.numberLimit where !kept.contains(number) {
-      _ = clinux_pidfd_send_signal(number, SIGKILL)
-      close(number)
-    }
+    let strays = (3..<TakeoverWork.numberLimit).filter { !kept.contains($0) }
+    // Spawners and guardians first: the end of a line or a pipe would be their order to tidy up.
+    for number in strays { _ = clinux_pidfd_send_signal(number, SIGKILL) }
+    for number in strays { close(number) }
   }
 
-  private func finishTakeover(_ state: SupervisorState) throws(SupervisionError) {
-    takeover.count &+= 1
-    channel?.isPeeking = true
+  private func finishTakeover(_ state: SupervisorState, _ occasion: Keeper.Occasion) throws(SupervisionError) {
     channel?.skip(TakeoverWork.sequenceGap)
     if spawner?.synchronize() != true {
       say(.warning, "The spawner has ended or does not answer; device processes that die are not started again")
@@ -130,11 +163,15 @@ extension Supervisor {
       depart(id, [])
     }
     for id in state.unfinished.departures { depart(id, []) }
-    tellClients()
-    note(.takenOver, "", "the supervisor was killed", ["pid": UInt64(getpid()), "takeovers": UInt64(takeover.count)])
-    say(.info, "Another supervisor (pid \(getpid())) has taken over; the VM goes on")
+    if occasion == .noUpgrade {
+      refuse(Int(state.asker), Self.notUpgraded(.launch(keeper?.obstacle.sentence ?? "it failed")))
+    } else {
+      takeover.count &+= 1
+      note(.takenOver, "", "the supervisor was killed", ["pid": UInt64(getpid()), "takeovers": UInt64(takeover.count)])
+      say(.info, "Another supervisor (pid \(getpid())) has taken over; the VM goes on")
+    }
+    tellClients(but: occasion == .noUpgrade ? Int(state.asker) : nil)
     if case .sent(let sequence)? = channel?.send(.look) { takeover.look = sequence }
-    publish()
   }
 
   /// The core changes over, or has: its answer comes.
@@ -170,9 +207,9 @@ extension Supervisor {
   }
 
   /// Whose request the core works on gets the answer. The others may or may not have been served.
-  private func tellClients() {
+  private func tellClients(but asker: Int?) {
     guard let control else { return }
-    let waiting = Set(pending.map(\.client) + (replacement.map { [$0.client] } ?? []))
+    let waiting = Set(pending.map(\.client) + (replacement.map { [$0.client] } ?? []) + (asker.map { [$0] } ?? []))
     for id in control.unclear where !waiting.contains(id) {
       refuse(id, "The supervisor was killed meanwhile, and another has taken over; look whether it was done, and ask again if not")
       if let number = control.drop(id) { loop.remove(number: number) }

@@ -142,7 +142,7 @@ extension Supervisor {
     state.identityBase = identities.base
     state.identitiesUsed = identities.used
     switch programs {
-    case .some(let programs): state.directory = programs.directory
+    case .some: state.directory = programDirectory
     case .none: break
     }
     state.launches = knownLaunches.sorted { $0.key < $1.key }.map { .init(id: $0.key, program: $0.value.program, launch: $0.value.launch) }
@@ -197,8 +197,10 @@ extension Supervisor {
       walls: Walls(mode: state.mode, namespaces: state.namespaces, log: nil), signals: signals,
       guardian: TerminalGuard(title: "vm/\(configuration.name)", walls: state.mode, state, groups), groups: groups, groupsLack: nil)
     programs = Programs(adopting: directory, directory: state.directory)
+    programDirectory = state.directory
     upgrade.arguments = state.arguments
-    upgrade.rules = state.rules
+    // With a keeper the supervisor is a new process of this program, and not one behind the walls of before.
+    upgrade.rules = configuration.outlivesSupervisor ? Self.ownRules : state.rules
     upgrade.cookie = state.cookie
     for known in state.launches { knownLaunches[known.id] = (known.program, known.launch) }
     assignments = state.assignments

@@ -74,7 +74,7 @@ extension Supervisor {
     self.spawner = spawner
     upgrade.arguments = state.arguments
     extraArguments = state.extraArguments
-    upgrade.rules = state.rules
+    upgrade.rules = configuration.outlivesSupervisor ? Self.ownRules : state.rules
     upgrade.count = state.upgradeCount
     takeover.count = state.takeoverCount
     channel = CoreChannel(try UpgradedProgram.adopt(state.channel), sequence: state.sequence, handledFront: state.unfinished.message)

@@ -46,9 +46,6 @@ extension Supervisor {
     guard spawner != nil else {
       return refuse(client, "The supervisor cannot be upgraded with --sandbox off: it has no spawner, which does half of the work")
     }
-    guard keeper == nil else {
-      return refuse(client, "With --on-supervisor-death continue the supervisor is not upgraded: it stays the program that was started")
-    }
     upgrade.asker = client
     upgrade.isTrial = !arguments.isEmpty
     // It begins when everything has been handled that has come by now.
@@ -65,16 +62,20 @@ extension Supervisor {
       upgrade.asker = nil
       return refuse(asker, "Not upgraded: device '\(busy)' is on its way; ask again")
     }
-    upgrade.asker = nil
     do throws(SupervisionError) {
       try become(asker)
       reply(asker, .record(["ok": .bool(true), "changed": .bool(false)]))
-    } catch { refuse(asker, "Not upgraded, and nothing has changed: \(error.message ?? "it failed")") }
+    } catch { refuse(asker, Self.notUpgraded(error)) }
+    upgrade.asker = nil
   }
+
+  static func notUpgraded(_ error: SupervisionError) -> String { "Not upgraded, and nothing has changed: \(error.message ?? "it failed")" }
 
   /// Does not return when it works, unless it was a trial.
   private func become(_ asker: Int) throws(SupervisionError) {
     guard let spawner else { throw Spawner.lost }
+    // With a keeper: what is gone back to.
+    publish()
     let state = captureState(for: asker)
     let bytes = state.encode()
     // What cannot be read here would not be read there.
@@ -92,8 +93,11 @@ extension Supervisor {
     try examine(spawner)
     if upgrade.isTrial { return }
     let successor = try spawner.renew()
-    let errno = execute(prepared.program, successor, spawner, state)
-    throw .launch("The new program cannot be executed: \(errno.explanation)")
+    let errno =
+      if let keeper { handOver(prepared.program, successor, keeper, for: asker) } else {
+        execute(prepared.program, successor, spawner, state)
+      }
+    throw .launch(errno.sentence)
   }
 
   /// The new program reads the state, as somebody who is not the supervisor. Nothing happens here meanwhile: what is examined
@@ -162,7 +166,10 @@ extension Supervisor {
       do throws(SupervisionError) {
         let new = try spawner.renewGuardian()
         if let process = new.process.take(), let pipe = new.pipe.take() {
-          guardian.replace(by: ProcessHandle(processID: new.number, adopting: process), pipe)
+          let old = guardian.replace(by: ProcessHandle(processID: new.number, adopting: process), pipe)
+          // Before it there are two, and one of them is in a state.
+          publish()
+          old?.end()
         }
       } catch { say(.warning, "The guardian of before stays: \(error.message ?? "it failed")") }
     }
@@ -223,5 +230,14 @@ extension Spawner {
     let (_, number, received, _) = try askAll(.renewGuardian)
     guard received.count == 2 else { throw Self.lost }
     return (number, received[0], received[1])
+  }
+}
+
+extension Errno {
+  /// Why the program of an upgrade was not executed.
+  var sentence: String {
+    self == .stale
+      ? "The installed \(SpawnerUpgrade.programName) is another one than a moment ago; ask again"
+      : "The new program cannot be executed: \(explanation)"
   }
 }

@@ -5,8 +5,8 @@ import Sandbox
 /// Everything the supervisor knows of its VM, as the program that takes its place gets it (protocol/upgrade.md). Descriptors
 /// are numbers here; whoever reads a state owns them.
 struct SupervisorState: Equatable {
-  /// Raised whenever the state changes its shape.
-  static let version: UInt16 = 2
+  /// Raised whenever the state changes its shape, or that of a keeper does.
+  static let version: UInt16 = 3
   /// "MLUP"
   static let magic: UInt32 = 0x5055_4C4D
   /// No state is longer.
@@ -655,15 +655,17 @@ enum StateError: Error, Equatable {
 extension SupervisorState {
   /// What the program that runs must be able to do with it: the command line, and live behind the filter.
   func check() throws(StateError) -> VMConfiguration {
-    if mode == .on {
+    var configuration: VMConfiguration
+    do {
+      configuration = try VMConfiguration(arguments: arguments)
+      try configuration.follow(changes)
+    } catch { throw .arguments(error.message) }
+    // With a keeper it is another process, behind a filter of its own.
+    if mode == .on, !configuration.outlivesSupervisor {
       for rule in SystemCallList.supervisor.rules where !SystemCallRule.covers(rules, rule) {
         throw .call(SystemCall.name(rule.number))
       }
     }
-    do {
-      var configuration = try VMConfiguration(arguments: arguments)
-      try configuration.follow(changes)
-      return configuration
-    } catch { throw .arguments(error.message) }
+    return configuration
   }
 }

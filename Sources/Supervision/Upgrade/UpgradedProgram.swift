@@ -11,6 +11,8 @@ enum UpgradedProgram {
     case examine
     /// Takes over: the process is the VM's supervisor already.
     case takeOver = "take-over"
+    /// The process is a VM's keeper already, which has no supervisor: its state and the supervisor's are descriptors that arguments name.
+    case keep
     /// Takes the spawner's place: its line is descriptor 3, its state 4, the programs' directory 5, /dev/null 6.
     case spawner
 
@@ -32,6 +34,7 @@ enum UpgradedProgram {
       switch role {
       case .examine: return try examine()
       case .takeOver: return try takeOver(arguments)
+      case .keep: return try keep(arguments)
       case .spawner: try serve(arguments)
       }
     } catch {
@@ -53,11 +56,7 @@ enum UpgradedProgram {
   private static func takeOver(_ arguments: [String]) throws(SupervisionError) -> ExitCode {
     // PR_SET_DUMPABLE: exec has set it anew.
     _ = clinux_prctl(4, 0, 0, 0, 0)
-    func number(_ name: String) throws(SupervisionError) -> CInt {
-      let word = arguments.first { $0.hasPrefix("--\(name)=") }.flatMap { CInt($0.dropFirst(name.utf8.count + 3)) }
-      guard let word, word > 0 else { throw .launch("The argument --\(name)= is missing") }
-      return word
-    }
+    func number(_ name: String) throws(SupervisionError) -> CInt { try Self.number(name, arguments) }
     let file = try number("state")
     let state: SupervisorState
     let configuration: VMConfiguration
@@ -73,6 +72,24 @@ enum UpgradedProgram {
     let supervisor = try Supervisor(resuming: state, configuration, spawner)
     supervisor.finishUpgrade(state)
     return supervisor.run()
+  }
+
+  private static func keep(_ arguments: [String]) throws(SupervisionError) -> ExitCode {
+    let own = try number("keeper", arguments)
+    let theirs = try number("state", arguments)
+    let known: KeeperState
+    let state: [UInt8]
+    do throws(StateError) {
+      known = try KeeperState.decode(try read(own, limit: KeeperState.limit))
+      state = try read(theirs, limit: SupervisorState.limit)
+    } catch { throw .launch(error.message) }
+    return try Keeper.resume(known, state)
+  }
+
+  private static func number(_ name: String, _ arguments: [String]) throws(SupervisionError) -> CInt {
+    let word = arguments.first { $0.hasPrefix("--\(name)=") }.flatMap { CInt($0.dropFirst(name.utf8.count + 3)) }
+    guard let word, word > 0 else { throw .launch("The argument --\(name)= is missing") }
+    return word
   }
 
   /// The spawner before: its line ended with exec, and it with that.
