@@ -108,7 +108,8 @@ static u64 pass(u32 type, u64 *count, u64 sectors, bool verify, u64 *failed) {
   u32 idle[MAXIMUM_DEPTH], idle_count = depth;
   for (u32 i = 0; i < depth; i++) idle[i] = i;
   while (done < n) {
-    if (by_button && !(done & 1023) && in8(EVENT_PORT) & EVENT_POWER_BUTTON) n = submitted;
+    // Some are done in any case: it may have been pressed long before.
+    if (by_button && done && !(done & 1023) && in8(EVENT_PORT) & EVENT_POWER_BUTTON) n = submitted;
     bool added = false;
     while (idle_count && submitted < n) {
       u64 sector = submitted % places * per;
