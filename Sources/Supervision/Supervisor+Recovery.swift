@@ -29,6 +29,11 @@ extension Supervisor {
   /// A device process has ended. False: nothing is done about it, and the caller tells.
   func backEndDied(_ process: VMProcess, _ end: ProcessEnd) -> Bool {
     if let care = care(ofSpare: process.id) {
+      // One that a replacement has sent away: the next is of the new kind.
+      guard care.spare != nil else {
+        care.spareDue = care.spareDue ?? .now
+        return true
+      }
       say(.warning, "The spare \(process.program) of \(care.id) (pid \(process.processID)) \(end)")
       care.dropSpare(.now)
       return true

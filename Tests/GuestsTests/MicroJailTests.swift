@@ -9,7 +9,7 @@ import Testing
   .enabled(if: MicroVM.canRun && access("/usr/bin/qemu-storage-daemon", X_OK) == 0, "Needs /dev/kvm, the programs and qemu-storage-daemon.")
 )
 struct MicroJailTests {
-  private static let profile =
+  static let profile =
     URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .deletingLastPathComponent().path + "/protocol/jails/qemu-storage-daemon.jail"
 

@@ -194,6 +194,46 @@ struct TakeoverTests {
     home.whole.expectNothingLeft()
   }
 
+  @Test(
+    "A disk of a jailed program: it is known, watched and started again by every supervisor",
+    .enabled(if: access("/usr/bin/qemu-storage-daemon", X_OK) == 0, "Needs qemu-storage-daemon."))
+  func jailed() throws {
+    let home = try Home(
+      "test=blk op=write depth=8 wait=halt n=100000000 span=2 until=button",
+      [
+        "--disk",
+        "vhost_user=on,path=disk.img,restart-limit=10000,jail=\(MicroJailTests.profile),program=\"qemu-storage-daemon --blockdev "
+          + "driver=file,node-name=f,filename={path} --export type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=fd,addr.str={listen}\"",
+        "--control", "ctl", "--serial", "file=serial.log", "--on-supervisor-death", "continue",
+      ])
+    func daemon() throws -> Int32? {
+      let answer = try JSONSerialization.jsonObject(with: Data(try home.whole.ctl("devices").output.utf8)) as? [String: Any]
+      let disk = (answer?["devices"] as? [[String: Any]])?.first { $0["id"] as? String == "blk0" }
+      guard disk?["process"] as? String == "running", disk?["state"] as? String == "active" else { return nil }
+      return (disk?["pid"] as? Int).map(Int32.init)
+    }
+    let before = home.whole.processes.count
+    for round in 0..<3 where home.vm.isRunning {
+      try home.killSupervisor()
+      waitWhile { home.vm.isRunning && (try? daemon()) ?? nil == nil }
+      let old = try #require(try daemon(), "\(home.vm.errorText.suffix(1000))")
+      kill(old, SIGKILL)
+      waitWhile { home.vm.isRunning && [old, nil].contains((try? daemon()) ?? nil) }
+      #expect(try daemon() != nil, "\(home.vm.errorText.suffix(1000))")
+      home.rest()
+      if round == 1 { #expect(try home.whole.ctl("upgrade").code == 0, "\(home.vm.errorText.suffix(1000))") }
+      home.rest()
+    }
+    #expect(try home.number("takeovers") == 3 && home.number("upgrades") == 1)
+    waitWhile { home.vm.isRunning && home.whole.processes.count != before }
+    #expect(home.whole.processes.count == before, "\(home.whole.processes)")
+    #expect(try home.whole.ctl("power-button").code == 0)
+    #expect(home.vm.wait(seconds: 120).code == 0, "\(home.vm.errorText.suffix(1000))")
+    let serial = (try? String(contentsOfFile: home.whole.directory + "/serial.log", encoding: .utf8)) ?? ""
+    #expect(serial.contains("MICRO done ok") && !serial.contains("FAIL"), "\(serial.suffix(1000))")
+    home.whole.expectNothingLeft()
+  }
+
   @Test("One that is killed again and again is given up, and everything ends")
   func crashLoop() throws {
     let home = try Home()

@@ -196,6 +196,38 @@ struct KeptUpgradeTests {
     home.expectNothingLeft()
   }
 
+  /// In user namespaces, which each supervisor makes for itself.
+  @Test(.enabled(if: geteuid() == 0, "Becoming an ordinary user needs root.")) func anOrdinaryUsersIsTakenOverAndUpgraded() throws {
+    let home = try Installation()
+    chmod(home.directory, 0o777)
+    chmod(home.directory + "/disk.img", 0o666)
+    let script = """
+      exec unshare -m sh -c 'cp -a /dev/kvm kvm && chown 0:65500 kvm && chmod 660 kvm && mount --bind kvm /dev/kvm && \
+      exec setpriv --reuid 65534 --regid 65534 --groups 65500 ./martlet run --kernel kernel --console null --control ctl \
+      --disk path=disk.img,restart-limit=1000 --on-supervisor-death continue'
+      """
+    let vm = try RunningProgram("/bin/sh", ["-c", script], directory: home.directory)
+    defer { unlink(home.directory + "/kvm") }
+    try home.waitUntilRunning()
+    home.waitUntil("a spawner") { processes(home)["spawner"] != nil }
+    for round in 1...2 {
+      try killSupervisor(home, vm)
+      #expect(home.status(try #require(processes(home)["supervisor"]), "Uid")?.hasPrefix("65534 ") == true)
+      #expect(try home.ctl("upgrade-supervisor").code == 0, "\(vm.errorText)")
+      let supervisor = try #require(processes(home)["supervisor"])
+      #expect(home.status(supervisor, "Uid")?.hasPrefix("65534 ") == true)
+      #expect(home.status(supervisor, "CapPrm") == "0000000000000000" && home.status(supervisor, "Seccomp_filters") == "1")
+      kill(try #require(processes(home)["blk0"]), SIGKILL)
+      home.waitUntil("the disk's next process: \(vm.errorText)") {
+        vm.errorText.components(separatedBy: "Device blk0 is served again").count > round
+      }
+      usleep(600_000)
+    }
+    vm.signal(SIGTERM)
+    #expect(vm.wait().code == 143, "\(vm.errorText)")
+    home.expectNothingLeft()
+  }
+
   /// What has been done to the devices is handed on, and orders go on being served by the new spawner.
   @Test func whatHasChangedIsHandedOn() throws {
     let home = try Installation()
