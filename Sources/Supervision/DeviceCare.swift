@@ -50,17 +50,21 @@ final class DeviceCare {
     let isShared: Bool
     /// Nil where only the spawner has it.
     let status: FileStatus?
+    /// What is written to it without O_DIRECT has been written when the process that asked for it is gone.
+    var isSynchronous = false
   }
 
   let id: String
   let kind: Kind
   let policy: VMConfiguration.DeathPolicy
-  let image: Image?
+  private(set) var image: Image?
   var resources: [FDBox] = []
   /// The core's end of the connection to a process that has not taken over yet.
   var socket: FDBox?
   /// The open file that such a process has as its image, until it is locked: the lock is the open file's, not ours.
   var unlockedImage: FDBox?
+  /// The open file of the process that serves, where its lock may be given up with the process.
+  var lockedImage: FDBox?
   var spare: Spare?
   /// When a spare is to be started, where one is wanted.
   var spareDue: MonotonicTime?
@@ -101,11 +105,36 @@ final class DeviceCare {
 
   /// The first process has its resources.
   func started(_ resources: [FDBox]) {
-    if image != nil { for resource in resources { resource.close() } } else { self.resources = resources }
+    guard image != nil else {
+      self.resources = resources
+      return
+    }
+    if let file = resources.first { locked(file) }
+    for resource in resources.dropFirst() { resource.close() }
+  }
+
+  /// It serves the same file as `other`.
+  func hasImage(of other: DeviceCare?) { image?.isSynchronous = other?.image?.isSynchronous == true }
+
+  /// The image that the process has is locked by it. The lock is the open file's: it would outlive the process if nobody gave it up.
+  func locked(_ file: FDBox) {
+    if let image, image.isSynchronous, !image.readOnly, !image.isShared { lockedImage = file } else { file.close() }
+  }
+
+  /// The process that had it is gone, with all its threads and the kernel's that worked for it: nothing of it is under way but what goes
+  /// past the page cache. Where nothing does, the lock need not wait until the kernel has tidied up its requests.
+  func giveUpLock() {
+    guard let file = lockedImage else { return }
+    lockedImage = nil
+    ImageLock.giveUp(file.number)
+    file.close()
   }
 
   /// In a fork that does not have them.
-  func abandonResources() { for resource in resources { _ = resource.take()?.release() } }
+  func abandonResources() {
+    for resource in resources { _ = resource.take()?.release() }
+    _ = lockedImage?.take()?.release()
+  }
 
   /// One more death: when the next process is due; nil when there were too many.
   func delay(afterDeathAt now: MonotonicTime) -> Duration? {

@@ -109,6 +109,13 @@ enum HostFiles {
     }
   }
 
+  /// Block devices, and ext2/3/4, xfs, btrfs and f2fs (linux/magic.h): without O_DIRECT a write is a copy into the page cache, made by
+  /// the caller's thread or by one that the kernel adds to its process. Others may have requests of their own under way for it.
+  static func isSynchronous(_ number: CInt) -> Bool {
+    guard let status = try? status(number) else { return false }
+    return status.kind == .blockDevice || [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010].contains(clinux_file_system(number))
+  }
+
   static func status(_ number: CInt) throws(SupervisionError) -> FileStatus {
     let lent = OwnedFD(owning: number)
     let result: Result<FileStatus, SupervisionError>

@@ -39,6 +39,15 @@ enum ImageLock {
     return share(fd)
   }
 
+  /// Nothing is locked by this open file any more; left as it is where transfers go past the page cache, which may outlast who asked
+  /// for them.
+  static func giveUp(_ fd: CInt) {
+    let flags = clinux_fcntl(fd, F_GETFL, 0)
+    // O_DIRECT on x86-64 (asm-generic/fcntl.h).
+    guard flags >= 0, flags & 0o40000 == 0 else { return }
+    _ = clinux_ofd_lock(fd, CInt(F_UNLCK))
+  }
+
   /// What `takeAll` took becomes the owner's byte here and the process's part at `process`; nobody gets between.
   static func divide(_ owner: CInt, _ process: CInt) -> Outcome {
     for step in [{ share(owner) }, { share(process) }, { outcome(clinux_ofd_lock_range(owner, CInt(F_UNLCK), 0, ownerByte)) }] {

@@ -18,7 +18,9 @@ extension Supervisor {
       for disk in configuration.disks where disk.id == id {
         if case .image(let path, let readOnly) = disk.source, let resource = resources.first {
           let status = isOpenedHere ? try HostFiles.status(resource.number) : nil
-          image = DeviceCare.Image(path: path, readOnly: readOnly, isShared: disk.isShared, status: status)
+          image = DeviceCare.Image(
+            path: path, readOnly: readOnly, isShared: disk.isShared, status: status,
+            isSynchronous: isOpenedHere && HostFiles.isSynchronous(resource.number))
           if let status { try findStorage(id, path, status) }
         }
       }
@@ -39,6 +41,7 @@ extension Supervisor {
       return true
     }
     guard let care = cares[process.id] else { return false }
+    care.giveUpLock()
     if case .givenUp = care.step { return true }
     let what = "\(process.program) of \(process.id) (pid \(process.processID)) \(end)"
     noteLoss(care, what, ["pid": UInt64(process.processID)])

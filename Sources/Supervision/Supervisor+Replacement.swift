@@ -93,7 +93,10 @@ extension Supervisor {
           name, program, ["--fd=3"] + arguments, socket: pair.second.rawValue, plan.resources, null: null,
           queueCount: max(1, reports[id]?.queues.count ?? 1), isOnTerminal: isOnTerminal, inPlaceOf: vacancies.popLast(), identity: identity
         )
-        if plan.care.image != nil { for resource in plan.resources { resource.close() } }
+        if plan.care.image != nil {
+          if replacement?.hasOtherImage == false { plan.care.hasImage(of: cares[id]) }
+          plan.care.started(plan.resources)
+        }
         plan.care.socket = FDBox(pair.first)
       }
     } catch { failReplacement(error.message ?? "Its process cannot be started") }

@@ -80,8 +80,7 @@ extension Supervisor {
     guard case .succeeding(var succession) = care.step else { return }
     if let image = care.unlockedImage, let known = care.image, let fence = succession.fence, fence.next <= now {
       if try HostFiles.claim(image.number, known.path, readOnly: known.readOnly, disk: care.id) {
-        // Ours must go, or the lock would outlive the process.
-        image.close()
+        care.locked(image)
         care.unlockedImage = nil
         succession.fence = nil
       } else if now >= fence.until {

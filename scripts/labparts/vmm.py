@@ -84,6 +84,11 @@ class Machine:
     # True, or the socket of a back end (QEMU only; for Martlet that is a `Generic`).
     rng: object = False
     no_reboot: bool = False
+    # QEMU goes on, and connects again, when a back end behind a socket has ended. For an entropy device it listens itself: where it is
+    # to connect again, QEMU 7.2 does not wait for the first connection and fails an assertion of its own.
+    reconnects: bool = False
+    # More options of Martlet's; other VMMs do without.
+    options: list = field(default_factory=list)
     # Where Martlet's console and serial port go; by default a terminal of this side's and the file `serial`.
     console: str = "tty"
     serial: str = None
@@ -125,7 +130,7 @@ class Martlet:
         # Emulated and on a busy machine, loading a kernel takes longer than the few seconds that are patience enough elsewhere.
         words += ["--control", str(place / "control"), "--deadline", "ready=60000,reply=60000"]
         words += ["--no-reboot"] if machine.no_reboot else []
-        return Running(list(prefix) + words, place, self)
+        return Running(list(prefix) + words + machine.options, place, self)
 
     def control(self, running, verb, patience=30):
         """`martlet ctl VERB`; its output."""
@@ -178,8 +183,9 @@ class Qemu:
         if machine.initramfs:
             words += ["-initrd", str(machine.initramfs)]
         words += ["-no-reboot"] if machine.no_reboot else []
+        again = ",reconnect=1" if machine.reconnects else ""
         if isinstance(machine.rng, Path):
-            words += ["-chardev", f"socket,id=rng,path={machine.rng}", "-device", "vhost-user-rng-pci,chardev=rng"]
+            words += ["-chardev", f"socket,id=rng,path={machine.rng}" + (",server=on" if again else ""), "-device", "vhost-user-rng-pci,chardev=rng"]
         elif machine.rng:
             words += ["-device", "virtio-rng-pci,disable-legacy=on"]
         for number, share in enumerate(machine.shares):
@@ -187,7 +193,7 @@ class Qemu:
                       "-device", f"vhost-user-fs-pci,chardev=fs{number},tag={share.tag}"]
         for number, disk in enumerate(machine.disks):
             if disk.socket:
-                words += ["-chardev", f"socket,id=blk{number},path={disk.socket}",
+                words += ["-chardev", f"socket,id=blk{number},path={disk.socket}{again}",
                           "-device", f"vhost-user-blk-pci,chardev=blk{number},disable-legacy=on"]
                 continue
             mode = "on" if disk.readonly else "off"
@@ -197,7 +203,7 @@ class Qemu:
         for number, card in enumerate(machine.cards):
             mac = f",mac={card.mac}" if card.mac else ""
             if card.socket:
-                words += ["-chardev", f"socket,id=net{number},path={card.socket}",
+                words += ["-chardev", f"socket,id=net{number},path={card.socket}{again}",
                           "-netdev", f"vhost-user,id=n{number},chardev=net{number}"]
             else:
                 words += ["-netdev", f"tap,id=n{number},ifname={card.tap},script=no,downscript=no"]

@@ -126,10 +126,10 @@ extension DeviceCare {
       case .jailed: .jailed
       }
     return SupervisorState.Care(
-      id: id, kind: kind, image: image.map { .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared) },
+      id: id, kind: kind, image: image.map { .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared, isSynchronous: $0.isSynchronous) },
       resources: resources.map(\.number).filter { $0 >= 0 }, step: step, restartCount: UInt32(clamping: restartCount), deaths: deaths,
       failureCount: UInt32(clamping: failureCount), servedTime: servedTime, shortServices: UInt32(clamping: shortServices),
-      replayCount: replayCount, lostTime: lostTime,
+      replayCount: replayCount, lostTime: lostTime, lockedImage: lockedImage.map(\.number).flatMap { $0 >= 0 ? $0 : nil },
       spare: spare.map { .init(index: $0.index, socket: $0.socket.number, image: $0.image.map(\.number)) }, spareDue: spareDue,
       spareFailures: UInt32(clamping: spareFailures))
   }
@@ -146,7 +146,10 @@ extension DeviceCare {
     }
     self.init(
       known.id, kind, configuration.deathPolicy(of: known.id),
-      image: known.image.map { .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared, status: nil) })
+      image: known.image.map {
+        .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared, status: nil, isSynchronous: $0.isSynchronous)
+      })
+    lockedImage = try known.lockedImage.map { number throws(SupervisionError) in FDBox(try UpgradedProgram.adopt(number)) }
     for number in known.resources { resources.append(FDBox(try UpgradedProgram.adopt(number))) }
     step = known.step
     restartCount = Int(known.restartCount)

@@ -68,6 +68,7 @@ struct SupervisorState: Equatable {
     var path: String
     var readOnly: Bool
     var isShared: Bool
+    var isSynchronous = false
   }
 
   struct Care: Equatable {
@@ -89,6 +90,8 @@ struct SupervisorState: Equatable {
     var shortServices: UInt32
     var replayCount: UInt64
     var lostTime: MonotonicTime?
+    /// The open file of the process that serves.
+    var lockedImage: CInt?
     /// The process that waits to take over.
     var spare: Spare?
     var spareDue: MonotonicTime?
@@ -219,7 +222,8 @@ struct SupervisorState: Equatable {
     var all = [signals, channel] + [log, guardian?.pidfd, guardian?.pipe, listener].compactMap { $0 }
     all += processes.map(\.pidfd) + cares.flatMap(\.resources) + cares.compactMap(\.spare?.socket) + statistics.map(\.file)
     all += claims.map(\.file)
-    all += cares.compactMap(\.spare?.image)
+    all += cares.compactMap(\.spare?.image) + cares.compactMap(\.lockedImage)
+    all += [replacement?.care.lockedImage].compactMap { $0 }
     all += [spawner?.pidfd, spawner?.line].compactMap { $0 }
     return all + escapeLines.map(\.line) + clients.map(\.socket)
   }
@@ -557,7 +561,9 @@ extension SupervisorState.Care {
       writer.text(image.path)
       writer.flag(image.readOnly)
       writer.flag(image.isShared)
+      writer.flag(image.isSynchronous)
     }
+    writer.optional(lockedImage) { $0.number($1) }
     writer.list(resources) { $0.number($1) }
     // A process on its way is waited for before a state is taken.
     switch step {
@@ -599,8 +605,11 @@ extension SupervisorState.Care {
     default: throw .badField("kind")
     }
     image = try reader.optional("image") { reader throws(MessageError) in
-      SupervisorState.Image(path: try reader.text("image"), readOnly: try reader.flag("image"), isShared: try reader.flag("image"))
+      SupervisorState.Image(
+        path: try reader.text("image"), readOnly: try reader.flag("image"), isShared: try reader.flag("image"),
+        isSynchronous: try reader.flag("image"))
     }
+    lockedImage = try reader.optional("image") { reader throws(MessageError) in try reader.descriptor("image") }
     resources = try reader.list("resources", limit: ChildLaunch.descriptorLimit) { reader throws(MessageError) in
       try reader.descriptor("resources")
     }
