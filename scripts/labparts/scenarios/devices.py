@@ -3,7 +3,10 @@
 import os
 import re
 import signal
+import socket
+import time
 
+from .. import vmm
 from . import Failure, Share, pattern, scenario, sum_of
 
 RNG = """
@@ -40,13 +43,63 @@ equal after 262144 "$(stat -c %s /three)"
 
 @scenario("QEMU as front end drives martlet-template: random bytes in the guest", 120)
 def qemu_drives_entropy(trial):
-    socket = trial.place / "rng.socket"
-    back_end = trial.program([trial.options.bin / "martlet-template", f"--socket-path={socket}"], socket)
+    path = trial.place / "rng.socket"
+    back_end = trial.program([trial.options.bin / "martlet-template", f"--socket-path={path}"], path)
     files, load = trial.modules("virtio_rng")
-    trial.run(load + RNG, "current length same packed", 110, on=trial.qemu, files=files, rng=socket)
+    trial.run(load + RNG, "current length same packed", 110, on=trial.qemu, files=files, rng=path)
     back_end.terminate()
     if (code := back_end.wait(10)) != 0:
         raise Failure(f"the back end answered SIGTERM with {code}")
+
+
+@scenario("QEMU's entropy: QEMU is killed and started anew; then martlet-template is killed again and again while the guest reads", 240)
+def qemu_outlives_its_entropy(trial):
+    path = trial.place / "rng.socket"
+    program = trial.options.bin / "martlet-template"
+    files, load = trial.modules("virtio_rng")
+    job = f"{load}{RNG}" + """
+for n in 1 2 3 4 5 6; do
+  echo "MARTLET-READING $n"
+  dd if=/dev/hwrng of=/three bs=1k count=64 iflag=fullblock 2>/dev/null
+  equal after-$n 65536 "$(stat -c %s /three)"
+done
+"""
+    back_end = trial.program([program, f"--socket-path={path}"], path)
+    first = trial.start(trial.machine(job, files, rng=path), trial.qemu)
+    first.wait_for("MARTLET-READING 1", 90)
+    first.process.kill()
+    first.process.wait()
+    second = trial.start(trial.machine(job, files, rng=path), trial.qemu)
+    second.wait_for("MARTLET-CHECK after-1 ok", 90)
+    second.process.kill()
+    second.process.wait()
+    back_end.terminate()
+    if (code := back_end.wait(10)) != 0:
+        raise Failure(f"the back end answered SIGTERM with {code}")
+
+    path.unlink(missing_ok=True)
+    running = trial.start(trial.machine(job, files, rng=path, reconnects=True), trial.qemu)
+
+    def serve():
+        deadline = time.monotonic() + 20 * vmm.patience
+        with socket.socket(socket.AF_UNIX) as line:
+            while True:
+                try:
+                    line.connect(str(path))
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise Failure(f"QEMU does not listen for its entropy device; {running.tail()}")
+                    time.sleep(0.05)
+            return trial.program([program, f"--fd={line.fileno()}"], pass_fds=[line.fileno()])
+
+    back_end = serve()
+    for number in range(1, 6):
+        running.wait_for(f"MARTLET-READING {number}", 90)
+        back_end.kill()
+        back_end.wait()
+        back_end = serve()
+    trial.finish(running, 90, "current length same packed after-1 after-6")
 
 
 FS = """

@@ -1,6 +1,7 @@
 """Our back ends under QEMU, and a foreign back end under our core."""
 
 import os
+import random
 import re
 import socket
 import struct
@@ -11,7 +12,7 @@ from pathlib import Path
 from .. import cache, vmm
 from . import Card, Disk, Failure, Skip, command, pattern, scenario
 from . import disk as disks
-from . import net
+from . import kills, net
 
 TESTPMD = "/usr/bin/dpdk-testpmd"
 
@@ -34,6 +35,48 @@ def qemu_drives_net(trial):
     socket = trial.place / "net.socket"
     back_end = trial.program([trial.options.bin / "martlet-net", f"--socket-path={socket}", f"--tap={card.tap}"], socket)
     net.transfer(trial, trial.machine(net.JOB, cards=[Card(mac=card.mac, socket=socket)]), trial.qemu)
+    _ends_by_sigterm(back_end)
+
+
+@scenario("QEMU's card under checked TCP: QEMU is killed and started anew, then martlet-net is killed again and again and QEMU connects again", 240)
+def qemu_outlives_its_card(trial):
+    card = trial.tap(1)
+    socket = trial.place / "net.socket"
+
+    def serve():
+        socket.unlink(missing_ok=True)
+        return trial.program([trial.options.bin / "martlet-net", f"--socket-path={socket}", f"--tap={card.tap}"], socket)
+
+    back_end = serve()
+    peer = kills.Peer("10.77.1.1")
+    machine = trial.machine(kills.TRANSFERS, cards=[Card(mac=card.mac, socket=socket)], reconnects=True)
+
+    def start():
+        running = trial.start(machine, trial.qemu)
+        running.wait_for("MARTLET-READY", 100)
+        return running
+
+    def wait_for_turns(running, count):
+        goal, deadline = peer.turns + count, time.monotonic() + 60 * vmm.patience
+        while peer.turns < goal:
+            if back_end.poll() is not None or time.monotonic() > deadline:
+                raise Failure(f"{peer.turns} transfers, and no more; the card's code is {back_end.poll()}; {running.tail()}")
+            running.read_on(0.05)
+
+    first = start()
+    wait_for_turns(first, 1)
+    first.process.kill()
+    first.process.wait()
+    running = start()
+    for _ in range(5):
+        wait_for_turns(running, 1)
+        running.read_on(random.uniform(0, 0.5))
+        back_end.kill()
+        back_end.wait()
+        back_end = serve()
+    wait_for_turns(running, 1)
+    peer.goes_on = False
+    trial.finish(running, 60, "ping turns")
     _ends_by_sigterm(back_end)
 
 

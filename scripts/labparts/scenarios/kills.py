@@ -10,7 +10,8 @@ import socket
 import threading
 import time
 
-from . import Failure, pattern, scenario, sum_of
+from .. import vmm
+from . import TOOLS, Disk, Failure, pattern, scenario, sum_of
 
 ROUNDS = int(os.environ.get("MARTLET_KILL_ROUNDS", "12"))
 SIZE = 1 << 20
@@ -60,18 +61,23 @@ class Peer:
 
     def __init__(self, address):
         self.address, self.goes_on, self.problem = address, True, None
+        self.turns = 0
         for port, function in (7001, self._take), (7002, self._give), (7003, self._say):
             threading.Thread(target=self._serve, args=(port, function), daemon=True).start()
 
     def _serve(self, port, function):
         with socket.create_server((self.address, port)) as listener:
             while True:
-                try:
-                    with listener.accept()[0] as connection:
-                        connection.settimeout(120)
-                        function(connection)
-                except OSError as error:
-                    self.problem = f"port {port}: {error}"
+                # That of a guest that is no more hinders no other.
+                threading.Thread(target=self._answer, args=(port, function, listener.accept()[0]), daemon=True).start()
+
+    def _answer(self, port, function, connection):
+        try:
+            with connection:
+                connection.settimeout(120)
+                function(connection)
+        except OSError as error:
+            self.problem = f"port {port}: {error}"
 
     def _take(self, connection):
         received = b""
@@ -83,6 +89,7 @@ class Peer:
         connection.sendall(pattern("host to guest", SIZE))
 
     def _say(self, connection):
+        self.turns += 1
         connection.sendall(b"go" if self.goes_on else b"stop")
 
 
@@ -125,6 +132,60 @@ def net_killed(trial):
     if peer.problem:
         raise Failure(peer.problem)
     return killer.judge()
+
+
+BOTH = f"""
+vd=/dev/$(disk work)
+tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-64k --ioengine=libaio --direct=1 --iodepth=16 --size=12m --time_based --runtime=25 \\
+  --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=200 --thread --eta=never &
+fio=$!
+{TRANSFERS}
+wait $fio
+equal fio 0 $?
+equal complaints 0 "$(dmesg -l emerg,alert,crit,err,warn | grep -c -e virtio -e vd[a-z] -e hung -e 'link is')"
+"""
+
+
+@scenario("the supervisor is killed, upgraded, and killed again under fio that verifies and checked TCP; devices die in between", 300)
+def supervisor_killed(trial):
+    trial.only_martlet()
+    card = trial.tap(1)
+    card.keys = ",restart-limit=1000"
+    peer = Peer("10.77.1.1")
+    disks = [Disk(trial.image("work", 16 << 20), serial="work", keys=",restart-limit=1000"), trial.tools()]
+    running = trial.start(trial.machine(TOOLS + BOTH, cards=[card], disks=disks, cpus=2, options=["--on-supervisor-death", "continue"]))
+    running.wait_for("MARTLET-READY", 100)
+    before = trial.martlet.processes(running)
+    kills = 0
+    for turn in range(9):
+        if turn % 3 == 2:
+            trial.martlet.control(running, "upgrade-supervisor", 60)
+        goal = peer.turns + 1
+        os.kill(trial.martlet.ask(running, "info")["supervisor"], signal.SIGKILL)
+        kills += 1
+        # The next one answers what is asked meanwhile.
+        _expect("takeovers", trial.martlet.ask(running, "info")["takeovers"], kills)
+        if turn in (3, 6):
+            trial.martlet.kill(running, "blk0" if turn == 3 else "net0")
+        running.read_on(random.uniform(0.6, 1.2))
+        deadline = time.monotonic() + 60 * vmm.patience
+        while peer.turns < goal and time.monotonic() < deadline:
+            running.read_on(0.05)
+    after = trial.martlet.ask(running, "info")
+    _expect("upgrades", after["upgrades"], 3)
+    _expect("the core", trial.martlet.processes(running)["core"], before["core"])
+    _expect("the process that was started", after["keeper"], running.process.pid)
+    peer.goes_on = False
+    trial.finish(running, 120, "ping turns fio complaints")
+    if peer.problem:
+        raise Failure(peer.problem)
+    trial.nothing_left_of(running)
+    return f"{kills} kills"
+
+
+def _expect(what, found, expected):
+    if found != expected:
+        raise Failure(f"{what}: {found}, and not {expected}")
 
 
 LINES = """
