@@ -10,10 +10,10 @@ import HostSystem
 /// - **All before it**: read-locked by the open file of each process that may have writes under way, and released by the kernel
 ///   when the last of them has ended. Two processes of a VM can have it at once; whoever wants to know that none is left (the
 ///   fence) asks for it alone. QEMU's own locks lie in there, and refuse both directions.
-enum ImageLock {
+package enum ImageLock {
   private static let ownerByte: Int64 = 1 << 62
 
-  enum Outcome {
+  package enum Outcome {
     case had
     /// Somebody else has a lock.
     case refused
@@ -30,10 +30,10 @@ enum ImageLock {
   static func own(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock_range(fd, CInt(F_WRLCK), ownerByte, 0)) }
 
   /// For a process that may write, beside others of this VM.
-  static func share(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock_range(fd, CInt(F_RDLCK), 0, ownerByte)) }
+  package static func share(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock_range(fd, CInt(F_RDLCK), 0, ownerByte)) }
 
   /// As `share`, once nothing of any other process is under way.
-  static func shareAlone(_ fd: CInt) -> Outcome {
+  package static func shareAlone(_ fd: CInt) -> Outcome {
     let alone = outcome(clinux_ofd_lock_range(fd, CInt(F_WRLCK), 0, ownerByte))
     guard case .had = alone else { return alone }
     return share(fd)
@@ -41,7 +41,7 @@ enum ImageLock {
 
   /// Nothing is locked by this open file any more; left as it is where transfers go past the page cache, which may outlast who asked
   /// for them.
-  static func giveUp(_ fd: CInt) {
+  package static func giveUp(_ fd: CInt) {
     let flags = clinux_fcntl(fd, F_GETFL, 0)
     // O_DIRECT on x86-64 (asm-generic/fcntl.h).
     guard flags >= 0, flags & 0o40000 == 0 else { return }

@@ -241,7 +241,7 @@ def console_killed(trial):
     killer = Killer(trial, running, "con0")
     while killer.kills < ROUNDS:
         killer.kill()
-    text = running.output[:running.type("that is enough\r")].replace(b"\r", b"")
+    text = running.output[:running.type("that is enough\n")].replace(b"\r", b"")
     lines = text[text.index(b"MARTLET-READY\n") + 14:]
     repeated = check_lines(lines[:lines.rindex(b"LINE")])
     trial.finish(running, 60, "typed")
