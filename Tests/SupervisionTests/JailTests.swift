@@ -15,6 +15,7 @@ struct JailTests {
   static let profiles =
     URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .deletingLastPathComponent().path + "/protocol/jails/"
+  static let examples = profiles.replacing("protocol/jails", with: "docs/examples")
 
   final class Place {
     let path = NSTemporaryDirectory() + "martlet-jail-\(UUID().uuidString)"

@@ -70,6 +70,7 @@ final class JailLearner {
     try learner.follow(signals)
     guard learner.hasStarted else { throw .program(path: program, .accessDenied) }
     learner.files.add(program: program)
+    learner.files.finish()
     let learned = LearnedProfile(learner.notes, learner.files, program: program, words: words, defines: defines, known: known)
     try append(learned.text, to: path)
     switch learner.end {
@@ -185,17 +186,15 @@ final class JailLearner {
       if call.number == 42 { files.add(path, .readWrite) } else { files.addParent(of: path) }
     default:
       guard let path = call.path else { return }
-      files.note(
-        call.number, call.arguments, path, existed: call.existed, result: result,
-        opened: result >= 0 ? link("/proc/\(thread)/fd/\(result)") : nil)
+      files.note(call.number, call.arguments, path, existed: call.existed, result: result)
     }
   }
 
   private func path(_ thread: Int32, directory: CInt, address: UInt64) -> String? {
     guard let text = text(thread, address, 4096), !text.isEmpty else { return nil }
     if text.hasPrefix("/") { return text }
-    guard let base = link(directory == -100 ? "/proc/\(thread)/cwd" : "/proc/\(thread)/fd/\(directory)") else { return nil }
-    return base + "/" + text
+    guard directory == -100 else { return link("/proc/\(thread)/fd/\(directory)").map { $0 + "/" + text } }
+    return inWorkingDirectory(thread, text)
   }
 
   private func text(_ thread: Int32, _ address: UInt64, _ capacity: Int) -> String? {
@@ -209,10 +208,17 @@ final class JailLearner {
   private func socketPath(_ thread: Int32, _ address: UInt64, _ length: UInt64) -> String? {
     guard length > 3, let family = text(thread, address, 2), family.utf8.first == 1 else { return nil }
     guard let path = text(thread, address + 2, 108), path.hasPrefix("/") else {
-      guard let relative = text(thread, address + 2, 108), !relative.isEmpty, let base = link("/proc/\(thread)/cwd") else { return nil }
-      return base + "/" + relative
+      guard let relative = text(thread, address + 2, 108), !relative.isEmpty else { return nil }
+      return inWorkingDirectory(thread, relative)
     }
     return path
+  }
+
+  private func inWorkingDirectory(_ thread: Int32, _ path: String) -> String? {
+    guard let base = link("/proc/\(thread)/cwd") else { return nil }
+    // Where it went by itself, it goes in the jail too.
+    if base == link("/proc/self/cwd"), base != "/" { files.directory = base }
+    return base + "/" + path
   }
 
   private func link(_ path: String) -> String? {

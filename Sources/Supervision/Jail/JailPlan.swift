@@ -55,7 +55,8 @@ package struct JailPlan {
     try Self.checkProgram(path, profile, walls)
     if let directory = profile.directory {
       let inside = JailProfile.expand(directory, defines, missing: &missing)
-      guard walls.places.contains(where: { Self.covers($0, inside) }) else {
+      // It may be one that is only there because places lie in it.
+      guard walls.places.contains(where: { Self.covers($0, inside) || $0.path.hasPrefix(inside + "/") }) else {
         throw .contradiction(
           file: file, problem: "Its working-directory '\(inside)' is not among what it shows; add 'directory \(inside) ro'")
       }

@@ -45,7 +45,15 @@ struct CallNotes {
     "exit", "exit_group", "rt_sigreturn", "restart_syscall", "futex", "brk", "close", "clock_gettime", "mmap", "munmap", "mprotect",
     "madvise",
     "sched_yield", "clock_nanosleep", "rt_sigprocmask", "getpid", "gettid", "tgkill",
+    // In the jail it is another user than here, and may want to know more about that.
+    "getuid", "geteuid", "getgid", "getegid",
   ]
+
+  /// AF_INET, AF_INET6.
+  var usesNetwork: Bool {
+    guard let socket = SystemCall.number("socket"), let families = values[socket] else { return false }
+    return families.contains(2) || families.contains(10)
+  }
 
   /// Rule lines, the most frequent call first.
   var lines: [String] {
@@ -100,14 +108,31 @@ struct FileNotes {
     static func < (a: Use, b: Use) -> Bool { a.rawValue < b.rawValue }
   }
 
+  /// A file by what no link hides.
+  private struct FileIdentity: Hashable {
+    let device: UInt64
+    let number: UInt64
+
+    init?(_ path: String) {
+      var status = stat()
+      // SAFETY: a NUL-terminated copy; `status` is ours.
+      guard unsafe stat(path, &status) == 0, status.st_mode & S_IFMT == S_IFREG else { return nil }
+      (device, number) = (UInt64(status.st_dev), UInt64(status.st_ino))
+    }
+  }
+
+  /// Where it was when it used a name that does not say where.
+  var directory: String?
   private(set) var uses: [String: Use] = [:]
   private(set) var usesProc = false
   /// More of it than what belongs to processes.
   private(set) var usesWholeProc = false
-  /// Resolved names to all the names under which they were asked for.
-  private var asked: [String: Set<String>] = [:]
+  /// What was mapped to be executed, by whichever name.
+  private var mapped: Set<FileIdentity> = []
   /// Directories that it went into: what it did there goes by names that are not seen from outside.
   private(set) var entered: Set<String> = []
+  /// Directories of which it only asked whether they are there.
+  private(set) var lookedAt: Set<String> = []
   /// What the program made itself: the next run makes it again, in a directory that it may write to.
   private var made: Set<String> = []
 
@@ -124,12 +149,12 @@ struct FileNotes {
     }
   }
 
-  mutating func note(_ number: UInt64, _ arguments: [UInt64], _ path: String, existed: Bool, result: Int64, opened: String?) {
+  mutating func note(_ number: UInt64, _ arguments: [UInt64], _ path: String, existed: Bool, result: Int64) {
     guard result >= 0 else { return }
     switch SystemCall.name(UInt32(truncatingIfNeeded: number)) {
-    case "open": open(path, arguments[1], existed, opened)
-    case "openat": open(path, arguments[2], existed, opened)
-    case "openat2": open(path, 0, existed, opened)
+    case "open": open(path, arguments[1], existed)
+    case "openat": open(path, arguments[2], existed)
+    case "openat2": open(path, 0, existed)
     case "creat", "mkdir", "rmdir", "unlink", "mkdirat", "unlinkat", "rename", "renameat", "renameat2", "link", "symlink", "mknod",
       "mknodat":
       if !existed { made.insert(path) }
@@ -138,15 +163,17 @@ struct FileNotes {
     case "execve": add(path, .run)
     case "chdir", "chroot": if let path = JailProfile.normal(path) ?? JailPlan.real(path) { entered.insert(path) }
     default:
-      // That a directory exists is seen from the places in it; listing it whole would show too much.
       var status = stat()
       // SAFETY: a NUL-terminated copy; `status` is ours.
-      if unsafe stat(path, &status) == 0, status.st_mode & S_IFMT != S_IFDIR { add(path, .read) }
+      guard unsafe stat(path, &status) == 0 else { return }
+      if status.st_mode & S_IFMT != S_IFDIR { return add(path, .read) }
+      if let path = JailProfile.normal(path) ?? JailPlan.real(path), path != "/", path != "/proc", !path.hasPrefix("/proc/") {
+        lookedAt.insert(path)
+      }
     }
   }
 
-  private mutating func open(_ path: String, _ flags: UInt64, _ existed: Bool, _ opened: String?) {
-    if let opened { asked[opened, default: []].insert(path) }
+  private mutating func open(_ path: String, _ flags: UInt64, _ existed: Bool) {
     if flags & 0o100 != 0, !existed {
       made.insert(path)
       return addParent(of: path)
@@ -154,8 +181,18 @@ struct FileNotes {
     add(path, flags & 3 == 0 ? .read : .readWrite)
   }
 
-  /// By whichever of its names it is asked for first the next time.
-  mutating func isMapped(_ opened: String) { for path in asked[opened] ?? [opened] { add(path, .run) } }
+  mutating func isMapped(_ opened: String) {
+    add(opened, .run)
+    if let identity = FileIdentity(opened) { mapped.insert(identity) }
+  }
+
+  /// What is executed by one of its names is so by all: in the jail a link is a file by itself, so that who resolves links here, or
+  /// takes the first name that a directory tells, maps it by another one there.
+  mutating func finish() {
+    for (path, use) in uses where use != .run {
+      if let identity = FileIdentity(path), mapped.contains(identity) { uses[path] = .run }
+    }
+  }
 
   mutating func addParent(of path: String) {
     guard let slash = path.lastIndex(of: "/"), slash != path.startIndex else { return }
@@ -193,6 +230,9 @@ struct LearnedProfile {
     if isNew {
       if Self.canBeWritten(program) { lines.append("program \(Self.quoted(program))") }
       lines += ["user own", "network no", "limit descriptors 1024"]
+      if notes.usesNetwork {
+        lines.append("# It made sockets of the host's network, which it does not see in the jail unless 'network yes' stands here.")
+      }
       if geteuid() == 0 {
         lines.append(
           "# It was watched with root's capabilities. In the jail it has those of 'capability' lines only; they are not learned.")
@@ -208,6 +248,9 @@ struct LearnedProfile {
     for path in files.entered where defines.values.contains(where: { ($0 == path || JailPlan.real($0) == path) && path != "/" }) {
       uses[path] = .readWrite
     }
+    for path in files.lookedAt where defines.values.contains(where: { $0 == path || JailPlan.real($0) == path }) && uses[path] == nil {
+      uses[path] = .read
+    }
     for (path, use) in uses.sorted(by: { $0.key < $1.key }) {
       guard Self.canBeWritten(path) else {
         lines.append("# left out, because no profile can hold such a path: \(Self.harmless(path))")
@@ -216,6 +259,15 @@ struct LearnedProfile {
       guard let line = Self.line(path, use, defines) else { continue }
       if known.places.contains(where: { Self.covers($0, path, use, defines) }) { continue }
       lines.append(line)
+    }
+    // That a directory is there is seen from the places in it; where there is none, an empty one says it, and shows nothing.
+    for path in files.lookedAt.sorted() where Self.canBeWritten(path) && !Self.isThere(path, uses.keys, known, defines) {
+      lines.append("temporary \(Self.quoted(Self.replaced(path, defines))) 4K  # it only asked whether this is there")
+    }
+    if let directory = files.directory, known.directory == nil, Self.canBeWritten(directory),
+      Self.isThere(directory, uses.keys, known, defines)
+    {
+      lines.append("working-directory \(Self.quoted(Self.replaced(directory, defines)))")
     }
     for line in notes.lines {
       let statement = line.split(separator: "#")[0].drop { $0 == " " }
@@ -246,6 +298,16 @@ struct LearnedProfile {
     case S_IFCHR, S_IFBLK: return "device \(name) \(use == .readWrite ? "rw" : "ro")"
     default: return "file \(name) \(use == .run ? "run" : use == .readWrite ? "rw" : "ro")"
     }
+  }
+
+  /// Whether some place lies in the directory, is it, or has it inside.
+  private static func isThere(
+    _ path: String, _ places: some Sequence<String>, _ known: JailProfile, _ defines: [String: String]
+  ) -> Bool {
+    var missing: String?
+    let others = known.places.map { JailProfile.expand($0.path, defines, missing: &missing) }
+    func touches(_ place: String) -> Bool { place == path || place.hasPrefix(path + "/") || path.hasPrefix(place + "/") }
+    return places.contains(where: touches) || others.contains(where: touches)
   }
 
   /// The value of a define at the start of the path becomes its name.
