@@ -61,28 +61,34 @@ struct ForeignBackEndTests {
     ]
     var device = try backEnd(words, socket: socket)
     let options = ["--net", "vhost_user=on,socket=\(socket),mac=52:54:00:12:34:56"]
+    // It looks at its rings without a pause, with a lock that its other thread must win for every message about memory and rings. Where
+    // that thread shares its processor with others who never sleep, it may be late for the core, which then connects anew; the
+    // guest has to wait for all that, and no frame may be missing after it.
+    let work = "test=net size=512 window=8 patience=100000"
     // One VM after another; the last is killed.
-    let run = try vm.run("test=net n=1000 size=512 window=8", options)
-    #expect(run.isClean, run.summary)
+    let run = try vm.run("\(work) n=1000", options, seconds: 240)
+    #expect(run.passed && run.exitStatus == 0, run.summary)
+    let complaints = run.errors.split(separator: "\n").filter { !$0.contains("did not answer") && !$0.contains("is served again") }
+    #expect(complaints.isEmpty, "\(complaints)")
     #expect(run.report("net.echo") != nil, run.summary)
-    let killed = try vm.start("test=net n=1000000 size=512 window=8", options)
+    let killed = try vm.start("\(work) n=1000000", options)
     try vm.wait(for: "MICRO start", of: killed)
     killed.signal(SIGKILL)
     _ = killed.wait()
     vm.expectNothingLeft()
     // Under the third one it is killed itself, and comes back.
-    let third = try vm.start("test=net n=1000 size=512 window=8 end=hang", options)
+    let third = try vm.start("\(work) n=1000 end=hang", options)
     for round in 1...3 {
-      try vm.wait(for: "MICRO done ok", times: round, of: third)
+      try vm.wait(for: "MICRO done", times: round, of: third, seconds: 240)
       device.signal(SIGKILL)
       _ = device.wait()
-      try vm.until { try vm.ctl("devices").output.contains("waiting-for-back-end") }
+      try vm.until(seconds: 120) { try vm.ctl("devices").output.contains("waiting-for-back-end") }
       unlink(socket)
       device = try backEnd(words, socket: socket)
-      try vm.until { try !vm.ctl("devices").output.contains("waiting-for-back-end") }
+      try vm.until(seconds: 120) { try !vm.ctl("devices").output.contains("waiting-for-back-end") }
       #expect(try vm.ctl("reboot").code == 0)
     }
-    try vm.wait(for: "MICRO done ok", times: 4, of: third)
+    try vm.wait(for: "MICRO done", times: 4, of: third, seconds: 240)
     #expect(!third.outputText.contains("FAIL"), "\(third.outputText.suffix(2000))")
     third.signal(SIGTERM)
     #expect(third.wait().code == 143)

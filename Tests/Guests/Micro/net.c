@@ -1,6 +1,7 @@
 // test=net: raw Ethernet frames through the first network card (nth=K for another) to a peer that sends each back with
 // the addresses swapped (frame-echo.c, or a test).
 //   n=N frames (default 1000)   window=W in flight (default 16, at most 64)   size=B bytes (default 512, 64 to 1514)
+//   patience=MS without any frame back (default 5000)
 // Frames carry EtherType 0x88B5 (local experiments), a number and a pattern; those with another type are ignored.
 #include "virtio.h"
 
@@ -41,7 +42,7 @@ void test_net(void) {
   u32 sent = 0, returned = 0, wrong = 0, other = 0, flying = 0, free_slots[64];
   for (u32 i = 0; i < window; i++) free_slots[i] = i;
   u32 free_count = window;
-  u64 begin = tsc(), deadline = begin + 5000 * tsc_khz();
+  u64 patience = option_number("patience", 5000) * tsc_khz(), begin = tsc(), deadline = begin + patience;
   static u8 seen[1 << 16];
   if (n > sizeof seen) n = sizeof seen;
   memset(seen, 0, sizeof seen);
@@ -82,7 +83,7 @@ void test_net(void) {
         wrong += bad;
         if (!bad) seen[number] = 1;
         returned++, flying -= flying > 0;
-        deadline = tsc() + 5000 * tsc_khz();
+        deadline = tsc() + patience;
       }
       offer(in, slot);
       added = true;
