@@ -65,9 +65,21 @@ extension DeviceFrontEnd {
     }
   }
 
+  /// Where rings go on that have stopped at `bases`. A back end whose ring has a thread of its own may look where the ring stands before that
+  /// thread has stopped (virtiofsd does): its used index is then beyond what it answered, and what was answered must not be taken again.
+  func notBehindUsed(_ bases: [VringState]) -> [VringState] {
+    guard activation?.features.contains(.packedRing) == false else { return bases }
+    return bases.map { base in
+      guard let used = usedRings[Int(base.index)].flatMap({ host?.usedIndex(ofUsedRing: $0) }),
+        Int16(bitPattern: used &- UInt16(truncatingIfNeeded: base.number)) > 0
+      else { return base }
+      return VringState(index: base.index, number: UInt32(used))
+    }
+  }
+
   private func finish(_ sequel: Sequel, _ now: MonotonicTime) {
     switch sequel {
-    case .exchange: startCandidate(oldBases, now)
+    case .exchange: startCandidate(notBehindUsed(oldBases), now)
     case .pause:
       guard state == .pausing else { return }
       state = .paused

@@ -105,6 +105,8 @@ package final class DeviceFrontEnd {
   var host: (any DeviceHost)?
   var events: [Event] = []
 
+  /// Where the rings of a paused device stopped, by its back end's answers.
+  private var pausedBases: [VringState] = []
   /// Effects that came while the device was paused, carried out afterwards.
   private var deferred: [TransportEffect] = []
   /// The state to return to after the pause.
@@ -236,7 +238,7 @@ package final class DeviceFrontEnd {
     }
     if stateBeforePause == .running, !activeQueues.isEmpty {
       state = .activating
-      session?.resume(now: now)
+      session?.resume(at: pausedBases.isEmpty ? nil : notBehindUsed(pausedBases), now: now)
     } else {
       state = stateBeforePause
       finishResume(now)
@@ -416,6 +418,7 @@ package final class DeviceFrontEnd {
     case .prepared: break
     case .stopped(let bases):
       if isExchanging { return finishDraining(bases, now) }
+      pausedBases = bases
       settle(bases, .pause, now)
     case .resumed:
       if isExchanging { return finishUndoing(now) }

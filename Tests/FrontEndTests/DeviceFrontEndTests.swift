@@ -385,6 +385,21 @@ final class Bench {
       ["stop 0", "stop 1", "start 0 size 64 base 5 enabled", "start 1 size 64 base 5 enabled", "write 32 [5]"])
   }
 
+  /// The back end answers 5 for both rings. The first has got on to 8 by itself; the second is in the middle of something.
+  @Test func whatWasAnsweredIsNotTakenAgainAfterAPause() throws {
+    let bench = try Bench()
+    bench.startDriver()
+    try bench.settle()
+    bench.device.pause(now: bench.now)
+    try bench.settle()
+    #expect(bench.events == [.paused])
+    bench.host.usedIndices = [0x2000: 8, 0x6000: 3]
+    bench.backDevice.log = []
+    bench.device.resume(now: bench.now)
+    try bench.settle()
+    checkEqual(bench.backDevice.log, ["start 0 size 64 base 8 enabled", "start 1 size 64 base 5 enabled"])
+  }
+
   @Test func aPauseIsReachedInEveryState() throws {
     for prepare in [
       { (_: Bench) in }, { $0.startDriver() },

@@ -355,8 +355,8 @@ private func examined(_ features: FeatureSet = Bench.features, awaitsSuccessor: 
     bench.pass(.milliseconds(1))
     try new.settle(bench)
     check(bench.events.contains(.exchanged) && bench.events.contains(.paused))
-    bench.host.usedIndex = 15
     bench.device.resume(now: bench.now)
+    bench.host.usedIndex = 15
     try new.settle(bench)
     #expect(bench.host.status == 0 && bench.device.state == .idle)
     checkEqual(new.device.log.suffix(3), ["stop 0", "stop 1", "reset"])

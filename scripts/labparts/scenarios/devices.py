@@ -188,3 +188,42 @@ equal after "$(cat /share/sums)" "$(cd /share && sha256sum big small)"
     _serve(trial, directory, socket)
     running.wait_for_stderr("Device fs0 is served again", 20)
     trial.finish(running, 60, "mount before stale umount again after")
+
+
+@scenario("--fs: paused and resumed under reads and writes by four at a time: nothing is answered twice, nothing is lost", 200,
+          by_hand=True)
+def file_system_paused(trial):
+    trial.only_martlet()
+    directory, socket = _share(trial), trial.place / "fs.socket"
+    _serve(trial, directory, socket)
+    files, load = trial.modules("virtiofs")
+    job = load + """
+mkdir /share
+dd if=/dev/urandom of=/local bs=64k count=4 2>/dev/null
+succeeds mount mount -t virtiofs home /share
+echo MARTLET-BUSY
+for n in 1 2 3 4; do
+  (
+    while [ ! -e /share/enough ]; do
+      cp /local /share/busy$n && cmp -s /local /share/busy$n || echo MARTLET-WRONG
+      stat /share/* >/dev/null
+    done
+  ) &
+done
+wait
+equal after "$(cat /share/sums)" "$(cd /share && sha256sum big small)"
+for n in 1 2 3 4; do cmp /local /share/busy$n || echo MARTLET-WRONG; done
+# What the driver says of an answer that it did not ask for.
+equal heads 0 "$(dmesg | grep -c 'is not a head')"
+succeeds umount umount /share
+"""
+    running = trial.start(trial.machine(job, files, shares=[Share("home", socket)]))
+    running.wait_for("MARTLET-BUSY", 90)
+    for _ in range(30):
+        time.sleep(0.1)
+        trial.martlet.control(running, "pause")
+        trial.martlet.control(running, "resume")
+    (directory / "enough").write_text("")
+    result = trial.finish(running, 90, "mount after heads umount")
+    if "MARTLET-WRONG" in result.text:
+        raise Failure("what the guest wrote is not what it read")
