@@ -28,6 +28,11 @@ struct BenchTests {
     let read = try #require(job["read"] as? [String: Any])
     #expect((read["total_ios"] as? Int ?? 0) > 100)
     #expect(job["total_err"] as? Int == 0)
+    // What readers of fio's output look for.
+    let mean = try #require(read["iops_mean"] as? Double)
+    let least = try #require(read["iops_min"] as? Double)
+    #expect(mean > 0 && least <= mean && mean <= (read["iops_max"] as? Double ?? 0) + 1)
+    #expect((read["bw_mean"] as? Double ?? 0) > 0 && (read["slat_ns"] as? [String: Any])?["N"] as? Int == 0)
     let ours = try #require(job["martlet"] as? [String: Any])
     #expect((ours["back_end_cpu_ns_per_request"] as? Double ?? 0) > 0)
     // Where tracing is allowed at all, as it is of a child.

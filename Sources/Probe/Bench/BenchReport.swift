@@ -183,16 +183,25 @@ struct BenchReport {
     func side(_ count: UInt64, _ summary: LatencySummary, isData: Bool) -> JSONValue {
       let bytes = isData ? count * run.byteCount : 0
       let perSecond = run.seconds > 0 ? Double(bytes) / run.seconds : 0
-      return .record([
+      // Slices are of all requests; a direction has its share of them.
+      let share = run.requests > 0 ? Double(count) / Double(run.requests) : 0
+      let slices = run.rates.map { $0 * share }
+      let block = isData ? Double(run.byteCount) / 1024 : 0
+      let members: KeyValuePairs<String, JSONValue> = [
         "io_bytes": .unsigned(bytes), "io_kbytes": .unsigned(bytes / 1024), "bw_bytes": .unsigned(UInt64(perSecond)),
         "bw": .unsigned(UInt64(perSecond / 1024)), "iops": .number(run.seconds > 0 ? Double(count) / run.seconds : 0),
-        "runtime": .unsigned(UInt64(run.seconds * 1000)), "total_ios": .unsigned(count), "lat_ns": latency(summary, false, withBuckets),
-        "clat_ns": latency(summary, true, withBuckets),
-      ])
+        "runtime": .unsigned(UInt64(run.seconds * 1000)), "total_ios": .unsigned(count),
+        "short_ios": .unsigned(0), "drop_ios": .unsigned(0),
+        "slat_ns": latency(LatencySummary(), false, false), "clat_ns": latency(summary, true, withBuckets),
+        "lat_ns": latency(summary, false, withBuckets),
+      ]
+      return .object(
+        members.map { JSONValue.Member($0.key, $0.value) } + spread("bw", slices.map { $0 * block }) + spread("iops", slices))
     }
     let usage = { (time: UInt64?) -> JSONValue in time.map { .number(Double($0) / 1e7 / max(run.seconds, 1e-9)) } ?? .null }
     return .record([
-      "jobname": .string(name), "error": .unsigned(run.counts.errors > 0 ? 5 : 0), "total_err": .unsigned(run.counts.errors),
+      "jobname": .string(name), "groupid": .unsigned(0), "job_runtime": .unsigned(UInt64(run.seconds * 1000)),
+      "error": .unsigned(run.counts.errors > 0 ? 5 : 0), "total_err": .unsigned(run.counts.errors),
       "job options": .object(run.options.map { JSONValue.Member($0.name, .string($0.value)) }),
       "read": side(run.counts.reads, run.reads, isData: true),
       "write": side(run.counts.writes, run.counts.writes > 0 && !run.isNetwork ? run.writes : LatencySummary(), isData: true),
@@ -214,6 +223,19 @@ struct BenchReport {
         "slice_ms": .unsigned(UInt64(run.slice.nanoseconds / 1_000_000)),
       ]),
     ])
+  }
+
+  /// What fio tells of samples over time.
+  private static func spread(_ name: String, _ samples: [Double]) -> [JSONValue.Member] {
+    let mean = samples.reduce(0, +) / Double(max(1, samples.count))
+    let squares = samples.reduce(0) { $0 + ($1 - mean) * ($1 - mean) }
+    return [
+      JSONValue.Member("\(name)_min", .unsigned(UInt64(max(0, samples.min() ?? 0)))),
+      JSONValue.Member("\(name)_max", .unsigned(UInt64(max(0, samples.max() ?? 0)))),
+      JSONValue.Member("\(name)_mean", .number(mean)),
+      JSONValue.Member("\(name)_stddev", .number(samples.count > 1 ? (squares / Double(samples.count - 1)).squareRoot() : 0)),
+      JSONValue.Member("\(name)_samples", .unsigned(UInt64(samples.count))),
+    ]
   }
 
   private static func latency(_ summary: LatencySummary, _ withPercentiles: Bool, _ withBuckets: Bool) -> JSONValue {

@@ -27,7 +27,7 @@ final class BlockRun: BenchRun {
     guard capacity > 0, capacity < 1 << 54 else { throw .unsuitable("The disk has no room: its capacity is \(capacity) sectors") }
     if let size = job.size, job.offset + size > capacity * 512 {
       throw .unsuitable(
-        "The disk has \(capacity * 512) bytes; --size \(size)" + (job.offset > 0 ? " from --offset \(job.offset) on" : "") + " is more")
+        "The disk has \(capacity * 512) bytes; --size \(size)" + (job.offset > 0 ? " from --offset \(job.offset) on" : "") + " wants more")
     }
     self.capacity = capacity
     var features: FeatureSet = [.version1, .blockFlush, .blockMultipleQueues, .blockBlockSize, .blockSegMax]

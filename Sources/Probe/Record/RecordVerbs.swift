@@ -55,6 +55,9 @@ extension Verb {
         "\(replayer.sentCount) messages sent, \(replayer.replyCount) answers, \(replayer.differences.count) differ or are missing"
           + (replayer.channelCount > 0 ? "; \(replayer.channelCount) requests on the back end's own channel" : "")
           + (interruption.happened ? "; interrupted" : ""))
+      if replayer.offersDiffer, !options.has("adapt") {
+        Output.line("This back end offers other features than the recorded one; with --adapt only what it offers is acknowledged")
+      }
       return replayer.differences.isEmpty ? .passed : .findings
     })
 
@@ -74,8 +77,8 @@ extension Verb {
       let bytes = try wrapping { () throws(SystemError) in try OwnedFD.open(path, 0).readToEnd(limit: 1 << 28) }
       let recording = try Recording(String(decoding: bytes, as: UTF8.self), name: path)
       let device = options.has("type") ? try DeviceGuess.device(options, Offer()).device : nil
-      for connection in recording.connections {
-        Output.line("connection")
+      for (index, connection) in recording.connections.enumerated() {
+        Output.line("connection \(index + 1)")
         for line in connection { Output.line(line.words(device)) }
       }
       return .passed

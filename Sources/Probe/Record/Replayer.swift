@@ -13,6 +13,8 @@ final class Replayer {
   /// What the back end asked on its own channel.
   private(set) var channelCount = 0
   private(set) var differences: [String] = []
+  /// Whether a difference is one of features, which what is acknowledged afterwards depends on.
+  private(set) var offersDiffer = false
   private let isVerbose: Bool
   /// Whether features that this back end does not offer are left out of what is acknowledged.
   private let adapts: Bool
@@ -100,6 +102,7 @@ final class Replayer {
         let now = MessageText.reply(answer.header, answer.payload, device: device)
         if isVerbose { Output.line("< \(now)") }
         if let difference = Self.difference(reply, answer.header, answer.payload) {
+          offersDiffer = offersDiffer || Self.acknowledging[answer.header.request] != nil
           differences.append(
             "\(place), message \(index + 1), \(words): \(difference)\n    recorded: \(MessageText.reply(reply.header, reply.payload, device: device))\n    now:      \(now)"
           )

@@ -119,7 +119,7 @@ package final class Verifier {
       if link.offer.features.contains(.blockReadOnly) { throw .unsuitable("The disk is read-only; verify writes") }
       let capacity = BlockConfiguration(decoding: space).capacity
       guard capacity < 1 << 54, !plan.isExact || plan.byteCount <= capacity * 512 else {
-        throw .unsuitable("The disk has \(capacity &* 512) bytes; --size \(plan.byteCount) is more")
+        throw .unsuitable("The disk has \(capacity &* 512) bytes, and --size \(plan.byteCount) wants more; give it at most so many")
       }
       let count = min(plan.byteCount, capacity * 512) / UInt64(plan.blockSize)
       guard count >= UInt64(plan.depth) * 2 else {
