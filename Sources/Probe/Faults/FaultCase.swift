@@ -130,7 +130,10 @@ final class FaultContext {
       baseline = nil
     }
     if case .leaked = verdict { baseline = nil }
-    if !verdict.isFinding, target.isOurs, case .refused(let text) = verdict, text.hasPrefix("the process") { baseline = nil }
+    if !verdict.isFinding, target.isOurs, case .refused(let text) = verdict, text.hasPrefix("the process") {
+      baseline = nil
+      endsWithItsFrontEnd = true
+    }
     if case .survived = verdict, let refusal { verdict = .refused(refusal) }
     return FaultResult(
       id: item.id, sentence: item.sentence, verdict: verdict, trace: verdict.isFinding ? trace.lines : [],
@@ -138,16 +141,25 @@ final class FaultContext {
   }
 
   private var baselineProcess: Int32?
+  /// Seen to: nothing can be left in it for long.
+  private var endsWithItsFrontEnd = false
 
-  /// One ordinary session, and what the process holds after it.
+  /// Ordinary sessions, and what the process holds after them. Some close what a front end left only when their threads get round to it;
+  /// what is still open then would hide what attacks leave. So the least that is seen counts, once it stands still.
   private func measureBaseline() {
     for _ in 0..<2 { _ = serve() }
-    settle()
+    usleep(2_000)
     baseline = usage()
     baselineProcess = target.process?.processID
+    guard !endsWithItsFrontEnd else { return }
+    var unchanged = 0
+    for _ in 0..<200 where unchanged < 10 {
+      usleep(3_000)
+      guard let now = usage(), let least = baseline else { return }
+      unchanged = now.descriptors < least.descriptors ? 0 : unchanged + 1
+      if unchanged == 0 { baseline = now }
+    }
   }
-
-  private func settle() { usleep(2_000) }
 
   /// An ordinary front end: nil when it is served, else why not.
   private func serve() -> String? {
@@ -228,6 +240,8 @@ final class FaultContext {
         usleep(pause)
         guard process == target.process?.processID, let now = usage() else { return nil }
         let descriptors = now.descriptors - baseline.descriptors
+        // It was still busy with something when it was first looked at.
+        if descriptors < 0 { self.baseline = now }
         let memory = now.memory - baseline.memory
         let isLast = attempt == pauses.count - 1
         // Made again it may still be at work on it, so that only the last look counts.
