@@ -239,8 +239,8 @@ import Testing
         == [
           "null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1, "urandom": 1,
           "memfd:statistics (deleted)": 4,
-          // The VM's part of the lock on its image.
-          "disk.img": 1,
+          // The VM's part of the lock on its image, and the process's, to be given up with the process.
+          "disk.img": 2,
         ],
       "\(supervisor)")
 
