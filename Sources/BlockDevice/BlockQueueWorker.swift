@@ -259,7 +259,10 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       case .chain:
         count &+= 1
         begin(&queue)
-        if isDisk, count % Self.diskGroup == 0, engine.hasPrepared { engine.turn(waiting: false) }
+        if isDisk, count % Self.diskGroup == 0, engine.hasPrepared {
+          engine.turn(waiting: false)
+          if engine.hasWork { handOverTrial.ended(well: true) }
+        }
         // The driver can go on with these while we do the next ones.
         if foreseenCount >= batch { copyForeseen(&queue) }
         if answered >= batch { publish(&queue) }
