@@ -126,7 +126,8 @@ extension DeviceCare {
       case .jailed: .jailed
       }
     return SupervisorState.Care(
-      id: id, kind: kind, image: image.map { .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared, isSynchronous: $0.isSynchronous) },
+      id: id, kind: kind,
+      image: image.map { .init(path: $0.path, readOnly: $0.readOnly, isShared: $0.isShared, isSynchronous: $0.isSynchronous) },
       resources: resources.map(\.number).filter { $0 >= 0 }, step: step, restartCount: UInt32(clamping: restartCount), deaths: deaths,
       failureCount: UInt32(clamping: failureCount), servedTime: servedTime, shortServices: UInt32(clamping: shortServices),
       replayCount: replayCount, lostTime: lostTime, lockedImage: lockedImage.map(\.number).flatMap { $0 >= 0 ? $0 : nil },
