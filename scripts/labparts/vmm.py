@@ -84,8 +84,7 @@ class Machine:
     # True, or the socket of a back end (QEMU only; for Martlet that is a `Generic`).
     rng: object = False
     no_reboot: bool = False
-    # QEMU goes on, and connects again, when a back end behind a socket has ended. For an entropy device it listens itself: where it is
-    # to connect again, QEMU 7.2 does not wait for the first connection and fails an assertion of its own.
+    # QEMU goes on, and connects again, when the back end of a disk or a card has ended.
     reconnects: bool = False
     # More options of Martlet's; other VMMs do without.
     options: list = field(default_factory=list)
@@ -185,7 +184,7 @@ class Qemu:
         words += ["-no-reboot"] if machine.no_reboot else []
         again = ",reconnect=1" if machine.reconnects else ""
         if isinstance(machine.rng, Path):
-            words += ["-chardev", f"socket,id=rng,path={machine.rng}" + (",server=on" if again else ""), "-device", "vhost-user-rng-pci,chardev=rng"]
+            words += ["-chardev", f"socket,id=rng,path={machine.rng}", "-device", "vhost-user-rng-pci,chardev=rng"]
         elif machine.rng:
             words += ["-device", "virtio-rng-pci,disable-legacy=on"]
         for number, share in enumerate(machine.shares):

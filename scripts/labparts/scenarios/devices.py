@@ -3,10 +3,7 @@
 import os
 import re
 import signal
-import socket
-import time
 
-from .. import vmm
 from . import Failure, Share, pattern, scenario, sum_of
 
 RNG = """
@@ -52,54 +49,27 @@ def qemu_drives_entropy(trial):
         raise Failure(f"the back end answered SIGTERM with {code}")
 
 
-@scenario("QEMU's entropy: QEMU is killed and started anew; then martlet-template is killed again and again while the guest reads", 240)
-def qemu_outlives_its_entropy(trial):
+@scenario("QEMU's entropy: QEMU is killed again and again while the guest reads, and started anew on the same martlet-template", 180)
+def qemu_dies_over_entropy(trial):
+    # Not the other way round: QEMU 7.2 cannot connect its entropy device again (protocol/known-differences.md).
     path = trial.place / "rng.socket"
-    program = trial.options.bin / "martlet-template"
+    back_end = trial.program([trial.options.bin / "martlet-template", f"--socket-path={path}"], path)
     files, load = trial.modules("virtio_rng")
     job = f"{load}{RNG}" + """
-for n in 1 2 3 4 5 6; do
-  echo "MARTLET-READING $n"
-  dd if=/dev/hwrng of=/three bs=1k count=64 iflag=fullblock 2>/dev/null
-  equal after-$n 65536 "$(stat -c %s /three)"
-done
+echo MARTLET-READING
+dd if=/dev/hwrng of=/three bs=1k count=64 iflag=fullblock 2>/dev/null
+equal after 65536 "$(stat -c %s /three)"
 """
-    back_end = trial.program([program, f"--socket-path={path}"], path)
-    first = trial.start(trial.machine(job, files, rng=path), trial.qemu)
-    first.wait_for("MARTLET-READING 1", 90)
-    first.process.kill()
-    first.process.wait()
-    second = trial.start(trial.machine(job, files, rng=path), trial.qemu)
-    second.wait_for("MARTLET-CHECK after-1 ok", 90)
-    second.process.kill()
-    second.process.wait()
+    machine = trial.machine(job, files, rng=path)
+    for _ in range(2):
+        running = trial.start(machine, trial.qemu)
+        running.wait_for("MARTLET-READING", 90)
+        running.process.kill()
+        running.process.wait()
+    trial.finish(trial.start(machine, trial.qemu), 90, "current length same packed after")
     back_end.terminate()
     if (code := back_end.wait(10)) != 0:
         raise Failure(f"the back end answered SIGTERM with {code}")
-
-    path.unlink(missing_ok=True)
-    running = trial.start(trial.machine(job, files, rng=path, reconnects=True), trial.qemu)
-
-    def serve():
-        deadline = time.monotonic() + 20 * vmm.patience
-        with socket.socket(socket.AF_UNIX) as line:
-            while True:
-                try:
-                    line.connect(str(path))
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise Failure(f"QEMU does not listen for its entropy device; {running.tail()}")
-                    time.sleep(0.05)
-            return trial.program([program, f"--fd={line.fileno()}"], pass_fds=[line.fileno()])
-
-    back_end = serve()
-    for number in range(1, 6):
-        running.wait_for(f"MARTLET-READING {number}", 90)
-        back_end.kill()
-        back_end.wait()
-        back_end = serve()
-    trial.finish(running, 90, "current length same packed after-1 after-6")
 
 
 FS = """
