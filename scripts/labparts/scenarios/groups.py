@@ -1,5 +1,6 @@
 """Control groups of version 2: each process in its own, limits that bite, nothing left of them however the machine ends."""
 
+import errno
 import os
 import re
 import signal
@@ -36,9 +37,23 @@ def _parent(trial):
     try:
         yield parent
         _wait("no group is left", lambda: not _groups(parent))
-        parent.rmdir()
+        _remove(parent)
     finally:
         _kill_all(parent)
+
+
+def _remove(group):
+    """What has ended in a group leaves it a moment later."""
+    def is_gone():
+        try:
+            group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    _wait(f"{group.name} can be removed", is_gone)
 
 
 @contextmanager
@@ -318,7 +333,7 @@ def _alone(trial, parent):
     running.wait_for_end(20)
     _wait("the service's group is as it was", lambda: not _groups(service))
     _expect("its controllers", (service / "cgroup.subtree_control").read_text().strip(), "")
-    service.rmdir()
+    _remove(service)
     for name in NAMES:
         (parent / "cgroup.subtree_control").write_text(f"-{name}")
 
@@ -349,11 +364,11 @@ def control_groups_refusals(trial):
         _expect("what the others' group hands down", (crowded / "cgroup.subtree_control").read_text().strip(), "")
         # A controller that the group has not got.
         (parent / "cgroup.subtree_control").write_text("-cpu")
-        crowded.rmdir()
+        _remove(crowded)
         poor = parent / "poor"
         poor.mkdir()
         _refused(trial, parent, ",cpu-limit=10%", ["cpu-limit of blk0", "no controller 'cpu'"], _below(poor))
-        poor.rmdir()
+        _remove(poor)
         (parent / "cgroup.subtree_control").write_text("-pids")
 
 
