@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 from . import Failure, Share, pattern, scenario, sum_of
 

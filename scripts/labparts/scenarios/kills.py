@@ -233,7 +233,7 @@ def check_lines(text):
     return min(places.values())
 
 
-@scenario("the console's process is killed again and again while the guest writes lines: none is missing", 120 + 6 * ROUNDS, by_hand=True)
+@scenario("the console's process is killed again and again while the guest writes lines: none is missing", 120 + 6 * ROUNDS)
 def console_killed(trial):
     trial.only_martlet()
     running = trial.start(trial.machine(LINES, cpus=2, console="tty,restart-limit=100000"))
