@@ -13,25 +13,8 @@ struct KeptUpgradeTests {
         + arguments)
     try home.waitUntilRunning()
     // A state is kept from then on.
-    home.waitUntil("a spawner") { processes(home)["spawner"] != nil }
+    home.waitUntil("a spawner") { home.members["spawner"] != nil }
     return vm
-  }
-
-  private func processes(_ home: Installation) -> [String: Int32] {
-    Dictionary(home.processes.map { ($0.title.split(separator: "/").last.map(String.init) ?? "", $0.pid) }) { $1 }
-  }
-
-  private func descriptors(_ pid: Int32?) -> Int {
-    pid.flatMap { try? FileManager.default.contentsOfDirectory(atPath: "/proc/\($0)/fd").count } ?? 0
-  }
-
-  private func member(_ home: Installation, _ name: String) throws -> UInt64? {
-    try JSONValue(parsing: try home.ctl("info", "--json").output)[name]?.unsigned
-  }
-
-  private func install(_ program: String, _ home: Installation) throws {
-    let copy = try home.shell("cp '\(program)' new && chmod 755 new && mv new martlet-supervisor")
-    try #require(copy.code == 0, "\(copy.errors)")
   }
 
   /// Which file a process runs.
@@ -43,7 +26,7 @@ struct KeptUpgradeTests {
 
   private func killSupervisor(_ home: Installation, _ vm: RunningProgram) throws {
     let count = vm.errorText.components(separatedBy: "has taken over").count
-    kill(try #require(processes(home)["supervisor"]), SIGKILL)
+    kill(try #require(home.members["supervisor"]), SIGKILL)
     home.waitUntil("another supervisor: \(vm.errorText)", seconds: 30) {
       vm.errorText.components(separatedBy: "has taken over").count > count
     }
@@ -52,20 +35,20 @@ struct KeptUpgradeTests {
   @Test func upgradedKilledAndUpgradedAgain() throws {
     let home = try Installation()
     let vm = try start(home)
-    let before = processes(home)
+    let before = home.members
     #expect(before["keeper"] == vm.pid)
     var count = 0
     for round in 1...4 {
-      let old = processes(home)
-      try install(BuiltPrograms.path("martlet-supervisor"), home)
+      let old = home.members
+      try home.installSupervisor(BuiltPrograms.path("martlet-supervisor"))
       var installed = stat()
       #expect(stat(home.directory + "/martlet-supervisor", &installed) == 0)
       let answer = try home.ctl("upgrade-supervisor", "--json")
       #expect(answer.code == 0 && answer.output.contains("\"changed\":true"), "\(answer.output) \(answer.errors) \(vm.errorText)")
-      #expect(try member(home, "upgrades") == UInt64(round))
-      #expect(try member(home, "takeovers") == UInt64(round - 1))
-      home.waitUntil("as many processes as before: \(processes(home))") { processes(home).count == before.count }
-      let now = processes(home)
+      #expect(try home.number("upgrades") == UInt64(round))
+      #expect(try home.number("takeovers") == UInt64(round - 1))
+      home.waitUntil("as many processes as before: \(home.members)") { home.members.count == before.count }
+      let now = home.members
       #expect(now["keeper"] == vm.pid && now["core"] == before["core"])
       for name in ["keeper", "supervisor", "spawner", "guardian"] {
         #expect(try program(now[name]) == UInt64(installed.st_ino), "\(name) is not the installed program")
@@ -74,20 +57,18 @@ struct KeptUpgradeTests {
       // Whoever has been upgraded is taken over from as before, and serves.
       usleep(600_000)
       try killSupervisor(home, vm)
-      kill(try #require(processes(home)["blk0"]), SIGKILL)
+      kill(try #require(home.members["blk0"]), SIGKILL)
       home.waitUntil("the disk's next process: \(vm.errorText)") {
         vm.errorText.components(separatedBy: "Device blk0 is served again").count > round
       }
       for verb in ["pause", "resume", "devices"] { #expect(try home.ctl(verb).code == 0, "\(verb)") }
       usleep(600_000)
-      if round == 1 { count = settled { descriptors(processes(home)["supervisor"]) } }
-      home.waitUntil("as many descriptors as before: \(descriptors(processes(home)["supervisor"])), not \(count)") {
-        descriptors(processes(home)["supervisor"]) == count
+      if round == 1 { count = settled { Installation.descriptorCount(home.members["supervisor"]) } }
+      home.waitUntil("as many descriptors as before: \(Installation.descriptorCount(home.members["supervisor"])), not \(count)") {
+        Installation.descriptorCount(home.members["supervisor"]) == count
       }
     }
-    let lock = "import fcntl, struct; fcntl.fcntl(open('disk.img', 'r+'), 37, struct.pack('hhqqi', fcntl.F_WRLCK, 0, 1 << 62, 0, 0))"
-    let other = try home.shell("python3 -c \"\(lock)\"")
-    #expect(other.code != 0 && other.errors.contains("Resource temporarily unavailable"), "\(other.errors)")
+    try home.expectImageIsOwned()
     #expect(try home.ctl("shutdown").code == 0)
     #expect(vm.wait().code == 0, "\(vm.errorText)")
     home.expectNothingLeft()
@@ -95,36 +76,14 @@ struct KeptUpgradeTests {
 
   @Test func whoeverIsConnectedStaysConnected() throws {
     let home = try Installation()
-    let vm = try start(home)
-    let script = """
-      import json, socket
-      def connect():
-          s = socket.socket(socket.AF_UNIX); s.connect("ctl"); s.settimeout(20); return s
-      idle, asker, half = connect(), connect(), connect()
-      half.sendall(b"inf")
-      follower = connect().makefile("rw")
-      follower.write("events --follow\\n"); follower.flush(); json.loads(follower.readline())
-      asker.sendall(b"upgrade-supervisor\\ninfo\\n")
-      lines = asker.makefile()
-      first = json.loads(lines.readline())
-      assert first["ok"] and first["changed"] and first["upgrades"] == 1, first
-      assert json.loads(lines.readline())["state"] == "running"
-      idle.sendall(b"info\\n"); assert json.loads(idle.makefile().readline())["upgrades"] == 1
-      half.sendall(b"o\\n"); assert json.loads(half.makefile().readline())["ok"]
-      assert json.loads(follower.readline())["event"] == "upgraded"
-      """
-    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script], directory: home.directory).wait(seconds: 60)
-    #expect(result.code == 0, "\(result.errors)")
-    vm.signal(SIGTERM)
-    #expect(vm.wait().code == 143)
-    home.expectNothingLeft()
+    try home.expectClientsStay(try start(home))
   }
 
   /// The program that was examined cannot be executed any more: the path to it is another one by then.
   @Test func anExecutionThatFailsChangesNothing() throws {
     let home = try Installation()
     let vm = try start(home)
-    let before = processes(home)
+    let before = home.members
     let elsewhere = home.directory + "-moved"
     try FileManager.default.moveItem(atPath: home.directory, toPath: elsewhere)
     let answer = try RunningProgram(
@@ -133,15 +92,15 @@ struct KeptUpgradeTests {
     try FileManager.default.moveItem(atPath: elsewhere, toPath: home.directory)
     #expect(answer.code == 1, "\(answer.output)")
     #expect(answer.errors.contains("Not upgraded, and nothing has changed: The new program cannot be executed: "), "\(answer.errors)")
-    #expect(try member(home, "upgrades") == 0)
-    #expect(try member(home, "takeovers") == 0)
-    home.waitUntil("the processes of before: \(processes(home))") {
-      processes(home).filter { $0.key != "supervisor" } == before.filter { $0.key != "supervisor" }
+    #expect(try home.number("upgrades") == 0)
+    #expect(try home.number("takeovers") == 0)
+    home.waitUntil("the processes of before: \(home.members)") {
+      home.members.filter { $0.key != "supervisor" } == before.filter { $0.key != "supervisor" }
     }
     kill(try #require(before["blk0"]), SIGKILL)
     home.waitUntil("the disk's next process") { vm.errorText.contains("Device blk0 is served again") }
     #expect(try home.ctl("upgrade-supervisor").code == 0)
-    #expect(try member(home, "upgrades") == 1)
+    #expect(try home.number("upgrades") == 1)
     vm.signal(SIGTERM)
     #expect(vm.wait().code == 143)
     home.expectNothingLeft()
@@ -151,14 +110,14 @@ struct KeptUpgradeTests {
   func aProgramThatCannotTakeOverChangesNothing(_ name: String) throws {
     let home = try Installation()
     let vm = try start(home, ["--name", name])
-    let before = processes(home)
-    try install(BuiltPrograms.path("martlet-fake"), home)
+    let before = home.members
+    try home.installSupervisor(BuiltPrograms.path("martlet-fake"))
     let answer = try home.ctl("upgrade-supervisor")
     #expect(answer.code == 1 && answer.errors.contains("Not upgraded, and nothing has changed"), "\(answer.errors)")
-    home.waitUntil("the processes of before: \(processes(home))") { processes(home) == before }
+    home.waitUntil("the processes of before: \(home.members)") { home.members == before }
     // The program that would take over now is the one from before.
     try killSupervisor(home, vm)
-    try install(BuiltPrograms.path("martlet-supervisor"), home)
+    try home.installSupervisor(BuiltPrograms.path("martlet-supervisor"))
     let second = try home.ctl("upgrade-supervisor")
     #expect(second.code == 0, "\(second.errors)")
     vm.signal(SIGTERM)
@@ -174,7 +133,7 @@ struct KeptUpgradeTests {
       let asker = try RunningProgram(
         home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
       usleep(.random(in: 0...60_000))
-      let now = processes(home)
+      let now = home.members
       if victim != "keeper", victim != "end", let pid = now["supervisor"] { kill(pid, SIGKILL) }
       if victim == "end" { vm.signal(SIGTERM) } else if victim != "supervisor" { vm.signal(SIGKILL) }
       #expect(asker.wait(seconds: 60).signal == nil)
@@ -182,8 +141,8 @@ struct KeptUpgradeTests {
       #expect(vm.isRunning, "\(vm.errorText)")
       // A supervisor that has lived so long does not count as one that dies at once.
       usleep(600_000)
-      home.waitUntil("the processes of before: \(processes(home))") {
-        Set(processes(home).keys).isSuperset(of: ["keeper", "supervisor", "spawner", "guardian", "core", "blk0"])
+      home.waitUntil("the processes of before: \(home.members)") {
+        Set(home.members.keys).isSuperset(of: ["keeper", "supervisor", "spawner", "guardian", "core", "blk0"])
       }
       home.waitUntil("an answer") { (try? home.ctl("devices").code) == 0 }
     }
@@ -209,15 +168,15 @@ struct KeptUpgradeTests {
     let vm = try RunningProgram("/bin/sh", ["-c", script], directory: home.directory)
     defer { unlink(home.directory + "/kvm") }
     try home.waitUntilRunning()
-    home.waitUntil("a spawner") { processes(home)["spawner"] != nil }
+    home.waitUntil("a spawner") { home.members["spawner"] != nil }
     for round in 1...2 {
       try killSupervisor(home, vm)
-      #expect(home.status(try #require(processes(home)["supervisor"]), "Uid")?.hasPrefix("65534 ") == true)
+      #expect(home.status(try #require(home.members["supervisor"]), "Uid")?.hasPrefix("65534 ") == true)
       #expect(try home.ctl("upgrade-supervisor").code == 0, "\(vm.errorText)")
-      let supervisor = try #require(processes(home)["supervisor"])
+      let supervisor = try #require(home.members["supervisor"])
       #expect(home.status(supervisor, "Uid")?.hasPrefix("65534 ") == true)
       #expect(home.status(supervisor, "CapPrm") == "0000000000000000" && home.status(supervisor, "Seccomp_filters") == "1")
-      kill(try #require(processes(home)["blk0"]), SIGKILL)
+      kill(try #require(home.members["blk0"]), SIGKILL)
       home.waitUntil("the disk's next process: \(vm.errorText)") {
         vm.errorText.components(separatedBy: "Device blk0 is served again").count > round
       }
@@ -244,7 +203,7 @@ struct KeptUpgradeTests {
     try killSupervisor(home, vm)
     for words in ["remove more", "add disk path=more.img", "replace blk0 --path disk.img", "upgrade"] { try succeed(words) }
     #expect(access(home.directory + "/late", F_OK) == 0)
-    #expect(try member(home, "upgrades") == 2)
+    #expect(try home.number("upgrades") == 2)
     vm.signal(SIGKILL)
     #expect(vm.wait().signal == SIGKILL)
     home.waitUntil("the socket's end") { access(home.directory + "/late", F_OK) != 0 }

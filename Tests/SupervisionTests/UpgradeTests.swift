@@ -15,38 +15,20 @@ struct UpgradeTests {
     return vm
   }
 
-  private func processes(_ home: Installation) -> [String: Int32] {
-    Dictionary(home.processes.map { ($0.title.split(separator: "/").last.map(String.init) ?? "", $0.pid) }) { $1 }
-  }
-
-  private func descriptors(_ pid: Int32) -> Int {
-    (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/fd").count) ?? 0
-  }
-
-  private func member(_ home: Installation, _ name: String) throws -> UInt64? {
-    try JSONValue(parsing: try home.ctl("info", "--json").output)[name]?.unsigned
-  }
-
-  /// Another program takes the supervisor's place, as a package manager would do it.
-  private func install(_ program: String, _ home: Installation) throws {
-    let copy = try home.shell("cp '\(program)' new && chmod 755 new && mv new martlet-supervisor")
-    try #require(copy.code == 0, "\(copy.errors)")
-  }
-
   @Test func tenUpgradesKeepTheVMAndItsCare() throws {
     let home = try Installation()
     let vm = try start(home)
-    let before = processes(home)
+    let before = home.members
     let supervisor = try #require(before["supervisor"])
-    let count = settled { descriptors(supervisor) }
+    let count = settled { Installation.descriptorCount(supervisor) }
     var guardians: Set<Int32> = []
     var spawners: Set<Int32> = []
     for round in 1...10 {
-      try install(BuiltPrograms.path("martlet-supervisor"), home)
+      try home.installSupervisor(BuiltPrograms.path("martlet-supervisor"))
       let answer = try home.ctl("upgrade-supervisor", "--json")
       #expect(answer.code == 0, "\(answer.errors) \(vm.errorText)")
-      #expect(try member(home, "upgrades") == UInt64(round))
-      let now = processes(home)
+      #expect(try home.number("upgrades") == UInt64(round))
+      let now = home.members
       #expect(now["supervisor"] == supervisor)
       #expect(now["core"] == before["core"])
       guardians.insert(try #require(now["guardian"]))
@@ -58,8 +40,10 @@ struct UpgradeTests {
       #expect(try home.ctl("resume").code == 0)
       #expect(try home.ctl("stats", "blk0").code == 0)
       // One control connection may still be on its way out.
-      home.waitUntil("as many descriptors as before: \(descriptors(supervisor)), not \(count)") { descriptors(supervisor) == count }
-      #expect(processes(home).count == before.count, "\(processes(home))")
+      home.waitUntil("as many descriptors as before: \(Installation.descriptorCount(supervisor)), not \(count)") {
+        Installation.descriptorCount(supervisor) == count
+      }
+      #expect(home.members.count == before.count, "\(home.members)")
     }
     #expect(guardians.count == 10 && spawners.count == 10)
     #expect(home.status(supervisor, "Seccomp_filters") == "1")
@@ -67,10 +51,7 @@ struct UpgradeTests {
     if owned { #expect(home.status(supervisor, "CapPrm") == "0000000000000020") }
     let devices = try home.ctl("devices", "--json").output
     #expect(devices.contains("\"restarts\":10"), "\(devices)")
-    // F_OFD_SETLK of the byte by which a VM owns its image.
-    let lock = "import fcntl, struct; fcntl.fcntl(open('disk.img', 'r+'), 37, struct.pack('hhqqi', fcntl.F_WRLCK, 0, 1 << 62, 0, 0))"
-    let other = try home.shell("python3 -c \"\(lock)\"")
-    #expect(other.code != 0 && other.errors.contains("Resource temporarily unavailable"), "\(other.errors)")
+    try home.expectImageIsOwned()
     #expect(try home.ctl("events", "--json").output.contains("\"upgraded\""))
     #expect(try home.ctl("shutdown").code == 0)
     #expect(vm.wait().code == 0, "\(vm.errorText)")
@@ -79,29 +60,7 @@ struct UpgradeTests {
 
   @Test func whoeverIsConnectedStaysConnected() throws {
     let home = try Installation()
-    let vm = try start(home)
-    let script = """
-      import json, socket
-      def connect():
-          s = socket.socket(socket.AF_UNIX); s.connect("ctl"); s.settimeout(20); return s
-      idle, asker, half = connect(), connect(), connect()
-      half.sendall(b"inf")
-      follower = connect().makefile("rw")
-      follower.write("events --follow\\n"); follower.flush(); json.loads(follower.readline())
-      asker.sendall(b"upgrade-supervisor\\ninfo\\n")
-      lines = asker.makefile()
-      first = json.loads(lines.readline())
-      assert first["ok"] and first["changed"], first
-      assert json.loads(lines.readline())["state"] == "running"
-      idle.sendall(b"info\\n"); assert json.loads(idle.makefile().readline())["upgrades"] == 1
-      half.sendall(b"o\\n"); assert json.loads(half.makefile().readline())["ok"]
-      assert json.loads(follower.readline())["event"] == "upgraded"
-      """
-    let result = try RunningProgram("/usr/bin/env", ["python3", "-c", script], directory: home.directory).wait(seconds: 60)
-    #expect(result.code == 0, "\(result.errors)")
-    vm.signal(SIGTERM)
-    #expect(vm.wait().code == 143)
-    home.expectNothingLeft()
+    try home.expectClientsStay(try start(home))
   }
 
   @Test(arguments: [
@@ -112,10 +71,10 @@ struct UpgradeTests {
   func aProgramThatCannotTakeOverChangesNothing(_ name: String, _ sentence: String) throws {
     let home = try Installation()
     let vm = try start(home, ["--name", name, "--deadline", "ready=\(name == "up-hang" ? 700 : 20000)"])
-    let before = processes(home)
+    let before = home.members
     let supervisor = try #require(before["supervisor"])
-    let count = settled { descriptors(supervisor) }
-    try install(BuiltPrograms.path("martlet-fake"), home)
+    let count = settled { Installation.descriptorCount(supervisor) }
+    try home.installSupervisor(BuiltPrograms.path("martlet-fake"))
     var answer = try home.ctl("upgrade-supervisor")
     // The kernel leaves out audit records when many come at once, and then nobody can know which call it was.
     for _ in 0..<20 where name == "up-call" && geteuid() == 0 && answer.errors.contains("calls a system call when") {
@@ -125,13 +84,13 @@ struct UpgradeTests {
     #expect(answer.code == 1)
     if name != "up-call" || geteuid() == 0 { #expect(answer.errors.contains(sentence), "\(answer.errors)") }
     #expect(answer.errors.contains("Not upgraded, and nothing has changed"), "\(answer.errors)")
-    home.waitUntil("the processes of before: \(processes(home))") { processes(home) == before }
-    home.waitUntil("descriptors") { descriptors(before["supervisor"] ?? 0) == count }
-    #expect(try member(home, "upgrades") == 0)
+    home.waitUntil("the processes of before: \(home.members)") { home.members == before }
+    home.waitUntil("descriptors") { Installation.descriptorCount(before["supervisor"] ?? 0) == count }
+    #expect(try home.number("upgrades") == 0)
     // The old supervisor and its spawner work as ever, and a good program can still take over.
     kill(try #require(before["blk0"]), SIGKILL)
     home.waitUntil("the disk's next process") { vm.errorText.contains("Device blk0 is served again") }
-    try install(BuiltPrograms.path("martlet-supervisor"), home)
+    try home.installSupervisor(BuiltPrograms.path("martlet-supervisor"))
     let second = try home.ctl("upgrade-supervisor")
     #expect(second.code == 0, "\(second.errors)")
     vm.signal(SIGTERM)
@@ -142,10 +101,10 @@ struct UpgradeTests {
   @Test func noProgramAndATrialChangeNothing() throws {
     let home = try Installation()
     let vm = try start(home)
-    let before = processes(home)
+    let before = home.members
     #expect(try home.ctl("upgrade-supervisor", "--dry-run").code == 0)
-    #expect(processes(home) == before)
-    try install("kernel", home)
+    #expect(home.members == before)
+    try home.installSupervisor("kernel")
     for arguments in [[], ["--dry-run"]] {
       let answer = try RunningProgram(
         home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"] + arguments, directory: home.directory
@@ -155,7 +114,7 @@ struct UpgradeTests {
     _ = try home.shell("rm martlet-supervisor")
     let gone = try home.ctl("upgrade-supervisor")
     #expect(gone.code == 1 && gone.errors.contains("martlet-supervisor"), "\(gone.errors)")
-    #expect(try member(home, "upgrades") == 0)
+    #expect(try home.number("upgrades") == 0)
     vm.signal(SIGTERM)
     #expect(vm.wait().code == 143)
     home.expectNothingLeft()
@@ -167,11 +126,11 @@ struct UpgradeTests {
       let home = try Installation()
       let vm = try start(home, ["--name", moment == "asked" ? "up-hang" : "up", "--deadline", "ready=20000"])
       if moment == "asked" {
-        let before = processes(home).count
-        try install(BuiltPrograms.path("martlet-fake"), home)
+        let before = home.members.count
+        try home.installSupervisor(BuiltPrograms.path("martlet-fake"))
         let asker = try RunningProgram(
           home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
-        home.waitUntil("the program that is asked") { processes(home)["martlet-supervisor"] != nil && processes(home).count > before }
+        home.waitUntil("the program that is asked") { home.members["martlet-supervisor"] != nil && home.members.count > before }
         vm.signal(SIGKILL)
         #expect(asker.wait().code != 0)
       } else {
@@ -211,7 +170,7 @@ struct UpgradeTests {
       try succeed("upgrade-supervisor")
       #expect(try devices() == before)
       for id in ["blk0", "more", "late"] {
-        kill(try #require(processes(home)[id]), SIGKILL)
+        kill(try #require(home.members[id]), SIGKILL)
         home.waitUntil("\(id)") { vm.errorText.components(separatedBy: "Device \(id) is served again").count > round }
       }
       #expect(try isOwned("other.img") && isOwned("more.img"))
@@ -223,7 +182,7 @@ struct UpgradeTests {
     for words in ["add disk path=more.img", "replace blk0 --path disk.img", "upgrade", "upgrade-supervisor --dry-run"] {
       try succeed(words)
     }
-    #expect(try member(home, "upgrades") == 3)
+    #expect(try home.number("upgrades") == 3)
     #expect(try isOwned("more.img") && isOwned("disk.img"))
     #expect(try !isOwned("other.img"))
     vm.signal(end)
@@ -247,11 +206,11 @@ struct UpgradeTests {
   @Test func foreignStatesAreRefusedWithTheReason() throws {
     let home = try Installation()
     let vm = try start(home, ["--name", "up-hang", "--deadline", "ready=20000"])
-    try install(BuiltPrograms.path("martlet-fake"), home)
+    try home.installSupervisor(BuiltPrograms.path("martlet-fake"))
     let asker = try RunningProgram(
       home.directory + "/martlet", ["ctl", "--control", "ctl", "upgrade-supervisor"], directory: home.directory)
-    home.waitUntil("the program that is asked") { processes(home)["martlet-supervisor"] != nil }
-    let examined = try #require(processes(home)["martlet-supervisor"])
+    home.waitUntil("the program that is asked") { home.members["martlet-supervisor"] != nil }
+    let examined = try #require(home.members["martlet-supervisor"])
     let copy = try home.shell("cp /proc/\(examined)/fd/3 state")
     #expect(copy.code == 0, "\(copy.errors)")
     vm.signal(SIGKILL)
