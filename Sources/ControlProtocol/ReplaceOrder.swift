@@ -204,7 +204,8 @@ package struct ReplaceOrder: Equatable, Sendable {
       switch word {
       case "program": source = .program(try program(&words))
       case "jail":
-        guard let profile = words.popFirst(), VMConfiguration.isPath(profile) else { throw wrong(line) }
+        // As with every path of an order, the client has said where it stands.
+        guard let profile = words.popFirst(), profile.hasPrefix("/"), VMConfiguration.isPath(profile) else { throw wrong(line) }
         source = .jailed(try program(&words), profile: profile)
       case "socket":
         guard let path = words.popFirst(), VMConfiguration.isSocketPath(path) else { throw wrong(line) }
