@@ -61,7 +61,9 @@ extension DeviceFrontEnd {
       state = isBroken ? .broken : driverFeatures.isEmpty ? .idle : .running
       return events.append(.restored)
     }
+    unrecorded = 0
     if hasRun {
+      if inflight == nil, !offer.protocolFeatures.contains(.inflightShmFD) { unrecorded = countWaiting(now) }
       for position in activation.vrings.indices {
         guard let base = base(of: activation.vrings[position], activation.features) else {
           return lose(.missingFeature("the record of requests in flight, without which its rings cannot go on"), mayAwait: false)

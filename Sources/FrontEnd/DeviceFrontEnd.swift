@@ -91,6 +91,9 @@ package final class DeviceFrontEnd {
   var isBroken = false
   /// Requests in flight, as the back ends have recorded them.
   var inflight: InflightKept?
+  /// Chains that were in flight when the latest back end died, where it kept no record of them: a split ring says in memory how many
+  /// there were, but not which ones, unless they were answered in the order of the ring.
+  package var unrecorded = 0
   /// Configuration bytes that the driver has written since its last reset, by offset: a successor must hear of them.
   var told: [Int: UInt8] = [:]
   /// Features that the core offers whatever back ends say.

@@ -100,6 +100,12 @@ extension DeviceFrontEnd {
     return waits
   }
 
+  /// Chains made available and not answered, in the rings that tell.
+  func countWaiting(_ now: MonotonicTime) -> Int {
+    guard look(now: now) else { return 0 }
+    return watches.reduce(0) { $0 + Int($1.count ?? 0) }
+  }
+
   /// What the last look has seen.
   package func wait(ofQueue index: Int) -> QueueWait? {
     guard let watch = watches.first(where: { $0.index == index }), let since = watch.since else { return nil }

@@ -82,6 +82,12 @@ extension Core {
           if let sequence = device.reattachSequence.take() { refuse("\(error)", sequence) }
         case .restored:
           device.reason = ""
+          let unrecorded = device.frontEnd.unrecorded
+          if unrecorded > 0, device.assignment.deviceType != .net {
+            Log.warning(
+              "Device \(device.assignment.id): \(unrecorded) requests were in flight when its back end ended, which keeps no record of them; "
+                + "where it answers out of order, some may be lost and others done twice")
+          }
           if let sequence = device.reattachSequence.take() { answer(.done, sequence) }
         case .examined, .exchanged, .exchangeFailed: take(event, ofExchange: device)
         case .paused, .resumed: break

@@ -488,6 +488,24 @@ final class Bench {
     #expect((first == second) == (moment == .never))
   }
 
+  /// Two rings of which the back end has answered 5 of 8 and 5 of 5: the three are named, unless they are recorded.
+  @Test(arguments: [false, true]) func whatWasInFlightWithoutARecordIsCounted(_ isRecorded: Bool) throws {
+    let bench = try Bench(wanted: isRecorded ? [.mq, .replyAck, .config, .inflightShmFD] : [.mq, .replyAck, .config])
+    bench.device.awaitsSuccessor = true
+    bench.startDriver()
+    try bench.settle()
+    for queue in [0, 1] as [UInt64] {
+      bench.host.words[queue * 0x4000 + 0x1002] = queue == 0 ? 8 : 5
+      bench.host.words[queue * 0x4000 + 0x2002] = 5
+    }
+    bench.killBackEnd()
+    try bench.settle()
+    try bench.revive()
+    try bench.settle()
+    #expect(bench.device.state == .running)
+    #expect(bench.device.unrecorded == (isRecorded ? 0 : 3))
+  }
+
   @Test func aBackEndThatHangsWhenItsRingsAreTakenBackIsLostAndTheResetIsOver() throws {
     let bench = try Bench()
     bench.device.awaitsSuccessor = true
