@@ -118,7 +118,11 @@ package enum SupervisionError: Error, Sendable {
     case .backendSocket(let device, let path, let errno):
       "Cannot connect to the back end of \(device) at '\(path)': \(Self.remedy(errno))"
     case .ownSocket(let option, let path, Errno(98)):
-      "Socket '\(path)' of \(option) is in use by another process; name another path"
+      if (try? OwnedFD.open(path, pathOnly | noFollow).status().kind) == .socket {
+        "Socket '\(path)' of \(option) is in use by another process; name another path"
+      } else {
+        "There is something at '\(path)' of \(option) that is no socket, and it stays; name another path or remove it"
+      }
     case .ownSocket(let option, let path, let errno): "Cannot make socket '\(path)' of \(option): \(Self.remedy(errno))"
     case .pseudoTerminal(let option, let errno): "Cannot make a pseudo-terminal for \(option): \(errno.explanation)"
     case .program(let name, let directory, let errno):

@@ -4,7 +4,7 @@ import Sandbox
 
 /// What a keeper hands on to the program that it becomes. It comes from its own memory, which no supervisor can write to, but for
 /// the ends of processes.
-struct KeeperState {
+struct KeeperState: HandedOnState {
   struct End {
     var process: Int32
     var code: Int32
@@ -13,6 +13,8 @@ struct KeeperState {
 
   /// "MLKP"
   static let magic: UInt32 = 0x504B_4C4D
+  /// Raised when either of them changes its shape: the one that is examined stands for both.
+  static let version = SupervisorState.version
   static let limit = 1 << 20
 
   /// Those of `martlet run`.
@@ -33,8 +35,7 @@ struct KeeperState {
   func encode() -> [UInt8] {
     var writer = WireWriter()
     writer.number(Self.magic)
-    // Raised when either of them changes its shape: the one that is examined stands for both.
-    writer.number(SupervisorState.version)
+    writer.number(Self.version)
     writer.texts(arguments)
     writer.number(userID)
     writer.text(mode.rawValue)
@@ -51,20 +52,9 @@ struct KeeperState {
     return writer.bytes
   }
 
-  static func decode(_ bytes: [UInt8]) throws(StateError) -> KeeperState {
-    var reader = WireReader(bytes)
-    do throws(MessageError) {
-      guard try reader.number(UInt32.self) == magic else { throw .badField("magic") }
-      guard try reader.number(UInt16.self) == SupervisorState.version else { throw .badField("version") }
-      let state = try KeeperState(from: &reader)
-      try reader.finish()
-      return state
-    } catch { throw .broken(error) }
-  }
-
   init() {}
 
-  private init(from reader: inout WireReader) throws(MessageError) {
+  init(from reader: inout WireReader) throws(MessageError) {
     arguments = try reader.texts("arguments", limit: 1024)
     userID = try reader.number()
     guard let mode = WallMode(rawValue: try reader.text("mode", limit: 8)) else { throw .badField("mode") }

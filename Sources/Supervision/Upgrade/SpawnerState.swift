@@ -5,7 +5,7 @@ import Sandbox
 
 /// What a spawner remembers, as its successor gets it. It comes from the spawner and never from the supervisor, whose word
 /// for what may be started would be worth nothing once it has been taken over.
-struct SpawnerState {
+struct SpawnerState: HandedOnState {
   static let version: UInt16 = 1
   /// "MLSP"
   static let magic: UInt32 = 0x5053_4C4D
@@ -196,23 +196,9 @@ struct SpawnerState {
     return writer.bytes
   }
 
-  static func decode(_ bytes: [UInt8]) throws(StateError) -> SpawnerState {
-    guard bytes.count <= limit else { throw .broken(.tooLong(byteCount: bytes.count)) }
-    var reader = WireReader(bytes)
-    let head: (magic: UInt32, version: UInt16)
-    do throws(MessageError) { head = (try reader.number(), try reader.number()) } catch { throw .broken(error) }
-    guard head.magic == magic else { throw .broken(.badField("magic")) }
-    guard head.version == version else { throw .version(head.version) }
-    do throws(MessageError) {
-      let state = try SpawnerState(from: &reader)
-      try reader.finish()
-      return state
-    } catch { throw .broken(error) }
-  }
-
   init() {}
 
-  private init(from reader: inout WireReader) throws(MessageError) {
+  init(from reader: inout WireReader) throws(MessageError) {
     arguments = try reader.texts("arguments", limit: 1024)
     changes = try reader.changes()
     extraArguments = try reader.extraArguments()
