@@ -53,6 +53,9 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
 
   static var wakefulBatch: Int { 16 }
 
+  /// As far as its ring has told with the last answers.
+  private var isDriverAwake: Bool { batch == Self.wakefulBatch }
+
   /// Requests that a disk is given, and answers of its that are shown, together. Given all at once it answers all at once, and
   /// has nothing to do until all of them are replaced.
   static var diskGroup: Int { 4 }
@@ -131,7 +134,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
           if !reaped { now = MonotonicTime.now.nanoseconds }
           reaped = true
           finish(slot, outcome, &queue)
-          if answered >= Self.diskGroup, isDisk, batch == Self.wakefulBatch { publish(&queue) }
+          if answered >= Self.diskGroup, isDisk, isDriverAwake { publish(&queue) }
         case .readable(let token): if token == WatchToken.order { hasOrder = true } else { wasKicked = true }
         case .time: isThrottled = false
         }
@@ -200,7 +203,7 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
     poll.slept(from: begin, to: MonotonicTime.now.nanoseconds)
   }
 
-  private var mayGlance: Bool { batch == Self.wakefulBatch && !wasLeftToWorkers }
+  private var mayGlance: Bool { isDriverAwake && !wasLeftToWorkers }
 
   /// Looks at the ring for a microsecond or three; whether there is something.
   private func glance(_ queue: inout DeviceQueue) -> Bool {
