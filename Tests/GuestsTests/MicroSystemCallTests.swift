@@ -37,7 +37,8 @@ struct MicroSystemCallTests {
     let vm = try MicroVM()
     let requests = 3000
     let program = try vm.start(
-      "test=blk span=1 n=\(requests) \(options)", vm.disk(), below: ["/usr/bin/strace", "-ff", "-ttt", "-qq", "-o", vm.path("calls")])
+      "test=blk span=1 n=\(requests) \(options)", vm.disk() + ["--console", "off"],
+      below: ["/usr/bin/strace", "-ff", "-ttt", "-qq", "-o", vm.path("calls")])
     defer { program.signal(SIGKILL) }
     try vm.wait(for: "MICRO blk.config", of: program)
     let core = try #require(vm.processes["core"])

@@ -146,16 +146,25 @@ private func isOpen(_ number: CInt) -> Bool { clinux_fcntl(number, F_GETFD, 0) >
 
   @Test func readyDescriptorsComeBackAsTokens() throws {
     var loop = try EventLoop<Token>()
+    // A signal that another test has sent ends a wait as well.
+    func next() throws -> [Token] {
+      let deadline = MonotonicTime.now.advanced(by: .seconds(60))
+      while MonotonicTime.now < deadline {
+        let events = try loop.wait(timeout: .seconds(1))
+        if !events.isEmpty { return events.map(\.token) }
+      }
+      return []
+    }
     let kick = try EventFD()
     let timer = try Timer()
     try loop.add(kick.fd, for: .readable, token: .kick(queue: 3))
     try loop.add(timer.fd, for: .readable, token: .timer)
     check(try loop.wait(timeout: .zero).isEmpty)
     kick.signal()
-    checkEqual(try loop.wait(timeout: .seconds(1)).map(\.token), [.kick(queue: 3)])
+    checkEqual(try next(), [.kick(queue: 3)])
     kick.drainAfterReport()
     timer.set(MonotonicTime.now.advanced(by: .milliseconds(5)))
-    checkEqual(try loop.wait(timeout: .seconds(5)).map(\.token), [.timer])
+    checkEqual(try next(), [.timer])
     timer.acknowledge()
     loop.remove(kick.fd)
     kick.signal()
