@@ -22,6 +22,9 @@ from pathlib import Path
 patience = 1
 
 
+PANIC = b"end Kernel panic - not syncing"
+
+
 class Failure(Exception):
     """The scenario failed; the text says what was expected and what was found."""
 
@@ -248,6 +251,15 @@ class Running:
         self.output += data
         return True if data else None
 
+    def _read_or_panic(self, seconds):
+        """Like _read; but a guest whose kernel has panicked, and was not told to restart then, is not waited for."""
+        found = self._read(seconds)
+        if found is False and not any("panic=" in word for word in self.words):
+            serial = self.place / "serial"
+            if PANIC in self.output or serial.exists() and PANIC in serial.read_bytes():
+                raise Failure(f"the guest's kernel panicked; {self.tail()}")
+        return found
+
     def wait_for(self, pattern, seconds, start=0):
         """Waits until the console has shown `pattern` (a regular expression) after byte `start`; its match."""
         deadline = time.monotonic() + seconds * patience
@@ -258,7 +270,7 @@ class Running:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Failure(f"the console did not show '{pattern}' within {seconds * patience:g} s; {self.tail()}")
-            if self._read(min(left, 1)) is None:
+            if self._read_or_panic(min(left, 1)) is None:
                 raise Failure(f"the machine ended before its console showed '{pattern}'; {self.tail()}")
 
     def wait_for_stderr(self, pattern, seconds):
@@ -292,7 +304,7 @@ class Running:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Failure(f"the machine did not end within {seconds * patience:g} s; {self.holders()}; {self.tail()}")
-            if self._read(min(left, 1)) is None:
+            if self._read_or_panic(min(left, 1)) is None:
                 break
         try:
             return self.process.wait(max(1, deadline - time.monotonic()))

@@ -42,7 +42,7 @@ def scenario(purpose, limit, by_hand=False):
 
 def all_scenarios():
     """All scenarios by name, in the order of their files."""
-    from . import boot, disk, storage, net, console, power, control, groups, foreign, devices, hotplug, kills  # noqa: F401
+    from . import boot, disk, storage, durability, net, console, power, control, groups, foreign, devices, hotplug, kills  # noqa: F401
     return _scenarios
 
 

@@ -143,7 +143,7 @@ def replay(probe, talk, back_end, differences):
 
 def _virtio_user(prefix, options):
     """DPDK's front end, which swaps the addresses of each frame and sends it back."""
-    return [TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"{prefix}{os.getpid()}", "--lcores", "0@0,1@1",
+    return [TESTPMD, "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--file-prefix", f"{prefix}{os.getpid()}", "--lcores", f"0@0,1@{max(os.sched_getaffinity(0))}",
             "--vdev", f"net_virtio_user0,{options},queues=1,queue_size=256", "--", "--forward-mode=macswap", "--port-topology=loop",
             "--stats-period", "3600", "--total-num-mbufs=8192"]
 

@@ -222,6 +222,40 @@ def control_groups(trial):
         _expect("the exit code", running.wait_for_end(30), 0)
 
 
+@scenario("control groups under a new supervisor: limits stay, hold for whatever starts later, and the groups go at the end", 240)
+def control_groups_taken_over(trial):
+    with _parent(trial) as parent:
+        disk = Disk(trial.image("e", 8 << 20, random=True), keys=KEYS)
+        running = trial.start(trial.machine(READING, disks=[disk], options=["--on-supervisor-death", "continue"]), prefix=_below(parent))
+        running.wait_for("MARTLET-READY", 80)
+        groups = Path(trial.martlet.ask(running, "info")["cgroup"])
+        names = ["process-con0", "process-core", "process-serial", "process-small"]
+        device = _device(trial, running, "small")
+        for takeovers in (1, 2):
+            os.kill(trial.martlet.ask(running, "info")["supervisor"], signal.SIGKILL)
+            info = trial.martlet.ask(running, "info")
+            _expect("takeovers", info["takeovers"], takeovers)
+            _expect("the controllers", info["controllers"], list(NAMES))
+            _expect("the group", info["cgroup"], str(groups))
+            _expect("the groups", _groups(groups), names)
+            _expect("who serves", _device(trial, running, "small")["pid"], device["pid"])
+            _check_limits(_check_group(groups, _device(trial, running, "small")))
+            # What this supervisor starts lives by the same limits, and so does what is started by the one that upgrades it.
+            os.kill(device["pid"], signal.SIGKILL)
+            device = _serves(trial, running, "small", device["pid"])
+            _check_limits(_check_group(groups, device))
+            _order(trial, running, "upgrade")
+            device = _serves(trial, running, "small", device["pid"])
+            _check_limits(_check_group(groups, device))
+            trial.martlet.control(running, f"add disk path={trial.image('late', 1 << 20)},id=late,pids-limit=50")
+            _expect("pids.max of the added", (groups / "process-late/pids.max").read_text().strip(), "50")
+            trial.martlet.control(running, "remove late")
+            _wait("the group of the removed is gone", lambda: not (groups / "process-late").exists())
+            _expect("the groups", _groups(groups), names)
+        trial.martlet.control(running, "shutdown")
+        _expect("the exit code", running.wait_for_end(30), 0)
+
+
 CACHED = """
 echo MARTLET-READY
 while true; do dd if=/dev/$(disk wide) of=/dev/null bs=1M iflag=direct 2>/dev/null; done

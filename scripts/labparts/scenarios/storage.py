@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from . import TOOLS, Disk, Failure, Skip, command, scenario
+from .mapper import loop, mapped
 
 VERIFY = """
 vd=/dev/$(disk work)
@@ -106,23 +107,9 @@ succeeds again dd if=$vd of=/dev/null bs=64k count=16 iflag=direct
 
 @scenario("storage that fails (device mapper's error target): errors for what fails, and only for that", 90)
 def disk_error(trial):
-    subprocess.run(["modprobe", "dm_mod"], capture_output=True)
-    if not os.path.exists("/dev/mapper/control") or subprocess.run(["dmsetup", "version"], capture_output=True).returncode:
-        raise Skip("this machine has no device mapper")
-    backing = trial.image("backing", 4 << 20, random=True)
-    loop = command("losetup", "-f", "--show", str(backing)).strip()
-    name = f"martlet-{os.getpid()}"
-    table = f"0 2048 linear {loop} 0\n2048 2048 error\n4096 4096 linear {loop} 4096\n"
-    try:
-        subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "create", name], input=table, text=True, check=True)
-        try:
-            # By the kernel's own name: without udev nobody makes the one below /dev/mapper.
-            minor = command("dmsetup", "info", "-c", "--noheadings", "-o", "minor", name).strip()
-            trial.run(BROKEN, "good read write again", 80, disks=[Disk(f"/dev/dm-{minor}", serial="broken", keys=",direct=on")])
-        finally:
-            subprocess.run(["dmsetup", "--noudevrules", "--noudevsync", "remove", "--retry", name])
-    finally:
-        subprocess.run(["losetup", "-d", loop])
+    with loop(trial.image("backing", 4 << 20, random=True)) as backing, \
+         mapped(f"0 2048 linear {backing} 0\n2048 2048 error\n4096 4096 linear {backing} 4096\n") as (_, device):
+        trial.run(BROKEN, "good read write again", 80, disks=[Disk(device, serial="broken", keys=",direct=on")])
 
 
 VANISH = """
