@@ -12,7 +12,7 @@ from .mapper import DMSETUP, loop, mapped
 
 SECTOR = 512
 FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8  # drivers/md/dm-log-writes.c
-FILES = 10
+FILES = 6
 
 # Files and one that is overwritten, each synced before it is told; beside them what nobody syncs.
 SYNCED = """
