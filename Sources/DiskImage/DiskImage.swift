@@ -24,6 +24,8 @@ package final class DiskImage: Sendable {
     package var isShared = false
     /// Data that the host has cached is copied from a mapping of the file, where that is safe.
     package var mapsCache = true
+    /// Rings register the image's file: requests cost less, and a dead process's lock stays until its rings have been taken apart.
+    package var isRegistered = false
     /// Whoever opened the image has seen to it that nobody else uses it.
     package var isLocked = false
 
@@ -59,6 +61,7 @@ package final class DiskImage: Sendable {
   package let physicalBlockSize: Int
   package let isReadOnly: Bool
   package let isDirect: Bool
+  package let isRegistered: Bool
   /// Ranges can be given back to the host (`FALLOC_FL_PUNCH_HOLE`); those of a file read as zeros afterwards.
   package let canPunchHoles: Bool
   /// The device destroys ranges with all copies it keeps of them (`BLKSECDISCARD`).
@@ -121,6 +124,7 @@ package final class DiskImage: Sendable {
     physicalBlockSize = facts.physicalBlockSize
     isReadOnly = options.isReadOnly
     isDirect = options.isDirect
+    isRegistered = options.isRegistered
     canPunchHoles = facts.canPunchHoles
     canSecureErase = facts.canSecureErase
     canZeroRanges = facts.canZeroRanges
@@ -154,6 +158,7 @@ package final class DiskImage: Sendable {
     physicalBlockSize = 4096
     isReadOnly = false
     isDirect = false
+    isRegistered = false
     canPunchHoles = true
     canSecureErase = false
     canZeroRanges = true

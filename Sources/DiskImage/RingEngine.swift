@@ -38,9 +38,10 @@ package struct RingEngine: StorageEngine, ~Copyable {
   package init(_ image: DiskImage, depth: Int, watchLimit: Int = 5) throws(SystemError) {
     // At most one entry per slot is prepared at a time, and two per watched descriptor: the queue never fills up.
     var configuration = IORing.Configuration(capacity: depth + 2 * watchLimit + 1)
-    // The image is not registered with the ring: a dying ring gives registered files back only after a grace period of RCU and
-    // by way of kernel workers, 20 to 60 ms after the process; until then a successor would find the image locked. A plain
+    // The image is registered with the ring only when that is wanted: a dying ring gives registered files back only after a grace period
+    // of RCU and by way of kernel workers, 20 to 60 ms after the process; until then a successor may find the image locked. A plain
     // descriptor goes with the process, or with the last request that is under way, and costs two atomic additions each.
+    if image.isRegistered { configuration.files = [image.file.rawValue] }
     configuration.workerLimit = 16
     var operations: [IOOperation] = [.read, .readVectored, .poll, .pollRemove, .timeout]
     if !image.isReadOnly { operations += [.write, .writeVectored, .sync, .allocate] } else { operations += [.sync] }
@@ -119,7 +120,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private mutating func prepare(_ slot: Int) {
     let state = unsafe slots + slot
     let tag = Kind.request << 32 | UInt64(slot)
-    let file = IOFile.descriptor(image.file.rawValue)
+    let file = image.isRegistered ? IOFile.registered(0) : .descriptor(image.file.rawValue)
     let prepared: Bool
     switch unsafe state.pointee.step {
     case .control:

@@ -211,7 +211,7 @@ private func complaint(_ arguments: String...) -> String? {
     let vm = try VMConfiguration(arguments: [
       "--kernel", "k", "--cpus", "boot=3", "--disk",
       "path=a,direct=on,aio=threads,block_size=4096,poll=20,cache_map=off,bw_size=1M,bw_refill_time=100,ops_size=500,ops_one_time_burst=9,ops_refill_time=1000",
-      "--disk", "path=b,readonly=on,force_share=on,num_queues=1,queue_size=1024,packed=off,indirect_desc=off",
+      "--disk", "path=b,readonly=on,force_share=on,registered=on,num_queues=1,queue_size=1024,packed=off,indirect_desc=off",
     ])
     #expect(
       vm.disks[0].backEndArguments == [
@@ -219,7 +219,8 @@ private func complaint(_ arguments: String...) -> String? {
         "--ops-size=500", "--ops-one-time-burst=9", "--ops-refill-time=1000",
       ])
     #expect(vm.disks[0].queueCount == 3 && vm.disks[1].queueCount == 1 && vm.disks[1].queueSize == 1024)
-    #expect(vm.disks[1].isShared && vm.disks[1].backEndArguments == ["--force-share", "--ring-without=packed,indirect_desc"])
+    #expect(
+      vm.disks[1].isShared && vm.disks[1].backEndArguments == ["--force-share", "--registered-file", "--ring-without=packed,indirect_desc"])
   }
 
   @Test(arguments: [

@@ -107,11 +107,13 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
 }
 
 @Suite struct EngineTests {
-  @Test(arguments: [false, true])
-  func theRingKeepsItsPromises(isDirect: Bool) throws {
+  @Test(arguments: [false, true], [false, true])
+  func theRingKeepsItsPromises(isDirect: Bool, isRegistered: Bool) throws {
     let file = ImageFile(byteCount: 4 << 20)
     let image: DiskImage
-    do { image = try file.open(.init(isDirect: isDirect)) } catch DiskImageError.noDirectAccess { return }
+    var options = DiskImage.Options(isDirect: isDirect)
+    options.isRegistered = isRegistered
+    do { image = try file.open(options) } catch DiskImageError.noDirectAccess { return }
     var engine: RingEngine
     do { engine = try RingEngine(image, depth: 8) } catch { return }
     try keepsItsPromises(file, image, &engine)

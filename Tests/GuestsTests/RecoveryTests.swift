@@ -26,13 +26,15 @@ struct RecoveryTests {
 
   private func disks(_ home: WholeVM) throws -> String { try home.ctl("devices").output }
 
-  @Test("A disk's process is killed a hundred times under verified writes; the guest sees no error", arguments: ["", " plain=1"])
-  func disk(_ variant: String) throws {
+  @Test(
+    "A disk's process is killed a hundred times under verified writes; the guest sees no error",
+    arguments: [("", ""), (" plain=1", ""), ("", ",registered=on")])
+  func disk(_ variant: String, _ keys: String) throws {
     let home = try WholeVM()
     let rounds = MicroGuest.killRounds(100)
     let vm = try home.start([
-      "--cmdline", "test=blk op=write depth=16 n=\(4000 * rounds) span=2" + variant, "--disk", "path=disk.img,restart-limit=10000",
-      "--control", "ctl", "--serial", "file=serial.log",
+      "--cmdline", "test=blk op=write depth=16 n=\(4000 * rounds) span=2" + variant, "--disk",
+      "path=disk.img,restart-limit=10000" + keys, "--control", "ctl", "--serial", "file=serial.log",
     ])
     try home.waitUntilRunning()
     let kills = killWhileRunning(home, vm, "blk0", rounds: rounds)
