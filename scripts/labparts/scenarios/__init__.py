@@ -18,6 +18,13 @@ mkdir -p /tools
 mount -t ext4 -o ro /dev/$(disk tools) /tools
 tool() { name=$1; shift; /tools/ld.so --library-path /tools/lib /tools/bin/$name "$@"; }
 """
+# Makes a file system on the disk $vd and mounts it at /mnt; {mkfs} and {kind} are to be filled in.
+FILE_SYSTEM = """
+for module in $(cat /tools/modules/order); do insmod /tools/modules/$module 2>/dev/null; done
+succeeds mkfs {mkfs} $vd
+mkdir -p /mnt
+succeeds mount mount -t {kind} $vd /mnt
+"""
 QUICK = "console=ttyS0 quiet mitigations=off"
 
 

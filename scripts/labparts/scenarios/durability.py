@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import TOOLS, Disk, Failure, command, scenario
+from . import FILE_SYSTEM, TOOLS, Disk, Failure, command, scenario
 from .mapper import DMSETUP, loop, mapped
 
 SECTOR = 512
@@ -15,12 +15,7 @@ FLUSH, FUA, DISCARD, MARK = 1, 2, 4, 8  # drivers/md/dm-log-writes.c
 FILES = 6
 
 # Files and one that is overwritten, each synced before it is told; beside them what nobody syncs.
-SYNCED = """
-for module in $(cat /tools/modules/order); do insmod /tools/modules/$module 2>/dev/null; done
-vd=/dev/$(disk cut)
-succeeds mkfs {mkfs} $vd
-mkdir -p /mnt
-succeeds mount mount -t {kind} $vd /mnt
+SYNCED = "vd=/dev/$(disk cut)" + FILE_SYSTEM + """
 (while [ ! -e /tmp/stop ]; do
   dd if=/dev/urandom of=/mnt/noise bs=3000 count=20 2>/dev/null; mv /mnt/noise /mnt/noise2; cp /mnt/noise2 /mnt/noise; rm /mnt/noise2
 done) &
@@ -130,9 +125,8 @@ def disk_cut(trial):
 
             def mark(running):
                 """Each file that the guest tells to be synced is noted in the log; now and then the disk's process is killed."""
-                start = 0
                 for number in range(1, FILES + 1):
-                    start = running.wait_for(f"MARTLET-SYNCED {number}\r?\n", 100, 0).end()
+                    running.wait_for(f"MARTLET-SYNCED {number}\r?\n", 100)
                     command(*DMSETUP, "message", name, "0", "mark", f"synced-{number}")
                     if number % 4 == 2:
                         trial.martlet.kill(running, "blk0")

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from . import TOOLS, Disk, Failure, Skip, command, scenario
+from . import FILE_SYSTEM, TOOLS, Disk, Failure, Skip, command, scenario
 from .mapper import loop, mapped
 
 VERIFY = """
@@ -298,12 +298,7 @@ def disk_resize(trial):
         raise Failure(f"the image has {image.stat().st_size} bytes")
 
 
-LOAD = """
-for module in $(cat /tools/modules/order); do insmod /tools/modules/$module 2>/dev/null; done
-vd=/dev/$(disk fs)
-succeeds mkfs {mkfs} $vd
-mkdir -p /mnt
-succeeds mount mount -t {kind} $vd /mnt
+LOAD = "vd=/dev/$(disk fs)" + FILE_SYSTEM + """
 # What fsstress does, in a shell: files and directories made, written at odd places, cut, linked, renamed, removed, synced, by several at once.
 work() {{
   d=/mnt/$1
