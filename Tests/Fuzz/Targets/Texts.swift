@@ -187,14 +187,15 @@ private func checkFilter(_ rules: [SystemCallRule], _ refused: [(number: UInt32,
     let isAllowed =
       number < 0x4000_0000
       && own.contains { rule in
-        rule.conditions.allSatisfy { condition in
-          let argument = arguments[condition.argument]
-          switch condition.test {
-          case .masked(let mask, let value): return argument & mask == value
-          case .anyOf(let values): return values.contains(argument)
-          case .ownProcess: return UInt32(truncatingIfNeeded: argument) == UInt32(ownProcess)
+        rule.failure == nil
+          && rule.conditions.allSatisfy { condition in
+            let argument = arguments[condition.argument]
+            switch condition.test {
+            case .masked(let mask, let value): return argument & mask == value
+            case .anyOf(let values): return values.contains(argument)
+            case .ownProcess: return UInt32(truncatingIfNeeded: argument) == UInt32(ownProcess)
+            }
           }
-        }
       }
     let verdict = interpret(filter.instructions, number, arguments)
     demand(
