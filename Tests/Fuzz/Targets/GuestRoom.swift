@@ -10,7 +10,8 @@ import VirtioSpec
 struct GuestRoom: @unchecked Sendable {
   static let first: UInt64 = 0x1_0000
   static let border: UInt64 = 0x1_8000
-  static let end: UInt64 = 0x1_C000
+  /// From `buffers` on there is room for 64 of the longest buffers that a target offers, so that none lies over another.
+  static let end: UInt64 = 0x3_0000
   static let far: UInt64 = 0x1_0000_0000
   static let farEnd: UInt64 = 0x1_0000_2000
   static let ring: UInt64 = first
