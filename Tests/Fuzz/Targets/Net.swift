@@ -56,7 +56,8 @@ private func exchangeFrames(_ script: inout Script) {
       // Buffers to receive into, long and short.
       for _ in 0...Int(script.byte() & 7) {
         let count = script.byte() & 3 == 0 ? Int(script.byte()) + 1 : 1526
-        receiver.offer([DriverBuffer(GuestAddress(receiver.allocate(count)), UInt32(count), isDeviceWritable: true)])
+        let buffer = DriverBuffer(GuestAddress(receiver.allocate(count)), UInt32(count), isDeviceWritable: true)
+        if receiver.offer([buffer]) == nil { receiver.takeBack(count) }
       }
     case 2:
       _ = transmit.drain(to: script.byte() & 7 == 7 ? nil : port, toTap)

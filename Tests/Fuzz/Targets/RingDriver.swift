@@ -42,6 +42,10 @@ struct RingDriver: ~Copyable {
     return place
   }
 
+  /// What was allocated last is not used: the ring had no room. Else a driver that goes on offering comes round to buffers that are
+  /// still available.
+  mutating func takeBack(_ count: Int) { place -= UInt64(count) }
+
   /// Makes a chain available, or not if there is no room.
   @discardableResult
   mutating func offer(_ buffers: [DriverBuffer], indirect: Bool = false) -> UInt16? {
