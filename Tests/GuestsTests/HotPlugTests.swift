@@ -92,7 +92,7 @@ struct HotPlugTests {
 
   @Test("Many rounds: descriptors and processes are what they were after the first")
   func leaks() throws {
-    let rounds = ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil ? 200 : 40
+    let rounds = MicroGuest.isFull ? 200 : 40
     let home = try Home("rounds=\(rounds)")
     var counts: [[Int]] = []
     for round in 0..<rounds {
@@ -311,7 +311,7 @@ struct HotPlugTests {
       return (state >> 33) % bound
     }
     let seed = state
-    let rounds = MicroGuest.killRounds(ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil ? 200 : 25)
+    let rounds = MicroGuest.killRounds(MicroGuest.isFull ? 200 : 25)
     for round in 0..<rounds where home.program.isRunning {
       let id = "x\(random(2))"
       let words =

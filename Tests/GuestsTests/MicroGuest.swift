@@ -51,6 +51,26 @@ enum MicroGuest {
   /// How often a test kills: `usual` in every run of the tests, so often as `MARTLET_KILL_ROUNDS` says where it is set.
   static func killRounds(_ usual: Int) -> Int { ProcessInfo.processInfo.environment["MARTLET_KILL_ROUNDS"].flatMap { Int($0) } ?? usual }
 
+  /// As much as one would by hand, not as little as is enough for every change: MARTLET_FULL in the environment.
+  static let isFull = ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil
+
+  /// The command lines of this machine's processes by number, a NUL behind each word.
+  static func commandLines() -> [Int32: String] {
+    var found: [Int32: String] = [:]
+    for entry in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
+      guard let pid = Int32(entry), let words = FileManager.default.contents(atPath: "/proc/\(entry)/cmdline") else { continue }
+      found[pid] = String(decoding: words, as: UTF8.self)
+    }
+    return found
+  }
+
+  /// The processes of one VM by the last part of their titles.
+  static func processes(ofVM name: String) -> [String: Int32] {
+    let prefix = "vm/\(name)/"
+    let own = commandLines().filter { $0.value.hasPrefix(prefix) }
+    return Dictionary(own.map { (String($0.value.dropFirst(prefix.count).prefix { $0 != "\0" }), $0.key) }) { first, _ in first }
+  }
+
   enum Image: String { case elf = "micro.elf", unpaddedELF = "micro-unpadded.elf", bzImage = "micro.bzimage" }
 
   /// True where `/dev/kvm` opens; a sentence for tests that skip is `needsKVM`.

@@ -117,13 +117,7 @@ final class MicroVM {
 
   /// This VM's processes by the last part of their titles.
   var processes: [String: Int32] {
-    var found: [String: Int32] = [:]
-    for entry in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
-      guard let pid = Int32(entry), let words = FileManager.default.contents(atPath: "/proc/\(entry)/cmdline") else { continue }
-      let title = String(decoding: words.prefix { $0 != 0 }, as: UTF8.self)
-      if title.hasPrefix("vm/\(name)/") { found[String(title.dropFirst(name.utf8.count + 4))] = pid }
-    }
-    return found
+    MicroGuest.processes(ofVM: name)
   }
 
   /// True of every VM that has ended: no process and no socket of its own.

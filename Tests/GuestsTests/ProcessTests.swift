@@ -56,14 +56,7 @@ final class WholeVM {
 
   /// Processes of this VM by the last part of their titles.
   var processes: [String: Int32] {
-    let prefix = "vm/t\(getpid())-\(directory.suffix(5))/"
-    var found: [String: Int32] = [:]
-    for name in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
-      guard let pid = Int32(name), let data = FileManager.default.contents(atPath: "/proc/\(name)/cmdline") else { continue }
-      let title = String(decoding: data.prefix { $0 != 0 }, as: UTF8.self)
-      if title.hasPrefix(prefix) { found[String(title.dropFirst(prefix.count))] = pid }
-    }
-    return found
+    MicroGuest.processes(ofVM: "t\(getpid())-\(directory.suffix(5))")
   }
 
   func expectNothingLeft(_ location: SourceLocation = #_sourceLocation) {

@@ -20,11 +20,9 @@ struct StormTests {
     "unshare",
   ]
 
-  /// 30 on a machine of CI's, 100 with MARTLET_FULL in the environment.
-  private static let isFull = ProcessInfo.processInfo.environment["MARTLET_FULL"] != nil
-
+  /// 30 on a machine of CI's; 100 in full.
   @Test func nothingIsLeftOfThoseThatFailAndTheOthersRun() throws {
-    let count = Self.isFull ? 100 : 30
+    let count = MicroGuest.isFull ? 100 : 30
     let groups = controlGroups()
     var running: [(vm: MicroVM, program: RunningProgram, missing: String?)] = []
     for number in 0..<count {
@@ -33,7 +31,7 @@ struct StormTests {
       var missing: String?
       if number % 3 == 2 {
         // A different step each time; in the short form every third of them.
-        missing = Self.steps[number / 3 * (Self.isFull ? 1 : 3) % Self.steps.count]
+        missing = Self.steps[number / 3 * (MicroGuest.isFull ? 1 : 3) % Self.steps.count]
         wrapper = [BuiltPrograms.path("martlet-hostile"), "--what=without", "--calls=\(missing ?? "")", "--"]
       }
       let options =
@@ -64,11 +62,7 @@ struct StormTests {
     #expect(controlGroups() == groups)
     // No process under any name: guest memory is gone with the last that maps it.
     let names = Set(running.map(\.vm.name))
-    for entry in try FileManager.default.contentsOfDirectory(atPath: "/proc") where Int32(entry) != nil {
-      guard let line = FileManager.default.contents(atPath: "/proc/\(entry)/cmdline") else { continue }
-      let title = String(decoding: line, as: UTF8.self)
-      #expect(!names.contains { title.contains($0) }, "\(title)")
-    }
+    for line in MicroGuest.commandLines().values { #expect(!names.contains { line.contains($0) }, "\(line)") }
   }
 
   /// Names of control groups that VMs of ours might have made.
