@@ -13,6 +13,7 @@ public enum BlockProgram {
       .value("blk-file", "PATH", "the disk image: a raw file or a block device"),
       .value("blk-fd", "NUMBER", "the disk image as an inherited descriptor"),
       .flag("blk-locked", "with --blk-fd: whoever opened the image has locked it"),
+      .value("blk-format", "FORMAT", "raw: the image is meant as it is, even if it begins like one in another format"),
       .value("blk-null", "SIZE", "no storage: every request is done at once and reads bring nothing; for measuring"),
       .flag("read-only", "refuse to write, and lock the image for reading only"),
       .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
@@ -101,6 +102,11 @@ public enum BlockProgram {
       isLockedLater: launch.isStandby)
     options.isLocked = launch.has("blk-locked")
     options.isRegistered = launch.has("registered-file")
+    switch launch.value("blk-format") {
+    case nil: break
+    case "raw": options.isRaw = true
+    case let text?: throw .badOption("--blk-format", why: "is raw, not \(text); other formats are not served")
+    }
     guard !options.isLocked || launch.value("blk-fd") != nil else { throw .badOption("--blk-locked", why: "goes with --blk-fd") }
     // The lock is then taken when the front end speaks, which is behind the walls.
     guard !launch.isStandby || launch.walls == .off || options.isLocked || options.isShared || launch.value("blk-null") != nil else {

@@ -84,6 +84,7 @@ extension VMConfiguration {
       guard words.contains(text) else { throw values.bad(key, words.joined(separator: " or ")) }
       return text
     }
+    if try choice("format", ["raw"]) != nil { arguments.append(Disk.rawArgument) }
     if try values.onOff("direct", default: false) { arguments.append("--direct") }
     if try values.onOff("force_share", default: false) { arguments.append("--force-share") }
     if try values.onOff("portable", default: false) { arguments.append("--portable") }
@@ -125,6 +126,7 @@ extension VMConfiguration {
         keys: [
           KeyDescription("path", "FILE", "raw image or block device"),
           KeyDescription("readonly", "on|off", "the guest cannot write"),
+          KeyDescription("format", "raw", "the image is meant as it is, even if it begins like one in another format"),
           KeyDescription("id", "NAME", "name of the device; blk0, blk1, ... when left out"),
           KeyDescription("serial", "TEXT", "serial number the guest reads, at most 20 bytes"),
           KeyDescription("num_queues", "N", "queues; one for each processor, at most 16, when left out"),

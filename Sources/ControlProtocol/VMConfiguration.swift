@@ -106,6 +106,9 @@ package struct VMConfiguration: Equatable, Sendable {
     package var serial: String?
     /// What the keys of the option mean to the block program, as its arguments.
     package var backEndArguments: [String] = []
+    package static let rawArgument = "--blk-format=raw"
+    /// Its bytes are the disk, whatever they look like.
+    package var isRaw: Bool { backEndArguments.contains(Self.rawArgument) }
     /// Others may write the image while the guest reads it.
     package var isShared = false
     package var queueCount: UInt16

@@ -26,8 +26,10 @@ package final class DiskImage: Sendable {
     package var mapsCache = true
     /// Rings register the image's file: requests cost less, and a dead process's lock stays until its rings have been taken apart.
     package var isRegistered = false
-    /// Whoever opened the image has seen to it that nobody else uses it.
+    /// Whoever opened the image has seen to it that nobody else uses it, and that it is meant as it is.
     package var isLocked = false
+    /// The image is meant as it is, even if it begins like one in another format.
+    package var isRaw = false
 
     /// The image is still another process's: it is locked by `claim`, before the first request.
     package var isLockedLater: Bool
@@ -94,7 +96,7 @@ package final class DiskImage: Sendable {
   package var hasFailedSync: Bool { failedSync.load(ordering: .relaxed) }
   package func noteFailedSync(_ error: Errno) {
     if !failedSync.exchange(true, ordering: .relaxed) {
-      Log.error("Writing \(name) to stable storage failed: \(error.explanation); all flushes fail from now on")
+      Log.error("Writing disk image \(name) to stable storage failed: \(error.explanation); all flushes fail from now on")
     }
   }
 
@@ -235,12 +237,17 @@ package final class DiskImage: Sendable {
     default:
       throw .wrongKind(name)
     }
+    // Behind the lock of whoever serves it a guest may write what it likes: only who opens the image for the first time asks.
+    if !options.isRaw, !options.isLocked, !options.isLockedLater, let format = ImageFormat.told(by: fd) {
+      throw .otherFormat(name, format)
+    }
     guard facts.byteCount >= 512 else { throw .tooSmall(name, byteCount: facts.byteCount) }
     // off_t is signed, and sectors are counted in 64 bits: nothing above can be addressed.
     guard facts.byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: facts.byteCount) }
     if facts.byteCount % 512 != 0 {
       Log.warning(
-        "\(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest")
+        "Disk image \(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest"
+      )
       facts.byteCount -= facts.byteCount % 512
     }
     if !options.isReadOnly { probeAllocation(fd, status, &facts) }
@@ -300,7 +307,7 @@ package final class DiskImage: Sendable {
       result = clinux_ofd_lock(fd.rawValue, kind)
     }
     if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
-    if result < 0 { Log.warning("\(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
+    if result < 0 { Log.warning("Disk image \(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
   }
 }
 
@@ -343,6 +350,8 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
   case oddBlockSize(String, Int)
   /// The file system has no `O_DIRECT`.
   case noDirectAccess(String, Errno)
+  /// It begins like an image that is more than a disk's bytes.
+  case otherFormat(String, ImageFormat)
   /// Another process has it open for writing, or we want to write and another one reads; that process, if /proc tells.
   case inUse(String, holder: String?)
 
@@ -357,6 +366,9 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
     case .oddBlockSize(let name, let size): "Disk \(name) has the impossible block size \(size)"
     case .noDirectAccess(let name, let errno):
       "Disk image \(name) cannot be used without the page cache on its file system: \(errno.explanation); leave out --direct"
+    case .otherFormat(let name, let format):
+      "Disk image \(name) is in the format \(format.rawValue), and only raw images are served; convert it (qemu-img convert -O raw), or add "
+        + "--blk-format=raw if its bytes are the disk"
     case .inUse(let name, let holder):
       "Disk image \(name) is in use by \(holder ?? "another process"); stop that one, or use --read-only in both"
     }

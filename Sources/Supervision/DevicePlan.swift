@@ -137,7 +137,7 @@ struct DevicePlanner {
     case .image(let path, let readOnly):
       let claims = claims
       let image = try open { () throws(SupervisionError) in
-        try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, disk: disk.id, claims)
+        try HostFiles.image(path, readOnly: readOnly, isShared: disk.isShared, isRaw: disk.isRaw, disk: disk.id, claims)
       }
       var arguments = Self.arguments(disk, readOnly)
       // The process itself sees no /sys, and neither does a supervisor behind its walls: there the spawner's plan counts.

@@ -27,14 +27,18 @@ enum HostFiles {
 
   /// A disk image or block device, locked against other users (`ImageLock`): what its process gets. The VM's own part goes to
   /// `claims`.
-  /// - Parameter isShared: no lock; others may write.
+  /// - Parameters:
+  ///   - isShared: no lock; others may write.
+  ///   - isRaw: its bytes are the disk, whatever they look like.
   static func image(
-    _ path: String, readOnly: Bool, isShared: Bool = false, disk: String, claimedAs name: String? = nil, _ claims: ImageClaims
+    _ path: String, readOnly: Bool, isShared: Bool = false, isRaw: Bool, disk: String, claimedAs name: String? = nil,
+    _ claims: ImageClaims
   ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     // O_EXCL without O_CREAT claims a block device that is not mounted, and means nothing for a regular file.
     let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR | O_EXCL) | O_NONBLOCK, what: what)
     try checkImage(fd, path, what)
+    if !isRaw, let format = ImageFormat.told(by: fd) { throw .otherFormat(disk: disk, path: path, format) }
     guard !isShared, try lock(fd, path, readOnly: readOnly, disk: disk), !readOnly else { return fd }
     let image = try imageAgain(path, readOnly: false, disk: disk, sameAs: try examine(fd))
     guard case .had = ImageLock.divide(fd.rawValue, image.rawValue) else { throw .imageInUse(disk: disk, path: path, holder: nil) }
@@ -48,14 +52,15 @@ enum HostFiles {
   ///   - candidate: under which name the VM's own part is kept until then.
   ///   - present: what the disk has now, and what the VM owns for it.
   static func imageBeside(
-    _ path: String, readOnly: Bool, isShared: Bool, disk: String, candidate: String, present: [FileStatus], _ claims: ImageClaims
+    _ path: String, readOnly: Bool, isShared: Bool, isRaw: Bool, disk: String, candidate: String, present: [FileStatus],
+    _ claims: ImageClaims
   ) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd = try open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK, what: what)
     try checkImage(fd, path, what)
     let status = try examine(fd)
     guard present.contains(where: { $0.isSameFile(as: status) }) else {
-      return try image(path, readOnly: readOnly, isShared: isShared, disk: disk, claimedAs: candidate, claims)
+      return try image(path, readOnly: readOnly, isShared: isShared, isRaw: isRaw, disk: disk, claimedAs: candidate, claims)
     }
     if isShared { return fd }
     if readOnly {

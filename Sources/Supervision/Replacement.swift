@@ -148,7 +148,7 @@ extension Supervisor {
       let present = presentImage(id, old)
       image = FDBox(
         try HostFiles.imageBeside(
-          path, readOnly: readOnly, isShared: disk.isShared, disk: id, candidate: Self.candidateName(id),
+          path, readOnly: readOnly, isShared: disk.isShared, isRaw: disk.isRaw, disk: id, candidate: Self.candidateName(id),
           present: [present, claims.status(id)].compactMap { $0 }, claims))
       let new = try HostFiles.status(image.number)
       try findStorage(Self.candidateName(id), path, new)

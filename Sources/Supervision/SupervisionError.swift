@@ -16,6 +16,8 @@ package enum SupervisionError: Error, Sendable {
   case empty(what: String, path: String)
   /// The payload does not fit the guest's memory.
   case tooLarge(what: String, path: String, byteCount: UInt64, memory: UInt64)
+  /// It begins like an image that is more than a disk's bytes.
+  case otherFormat(disk: String, path: String, ImageFormat)
   /// Another process holds the image.
   case imageInUse(disk: String, path: String, holder: String?)
   /// The interface does not exist.
@@ -63,7 +65,7 @@ package enum SupervisionError: Error, Sendable {
 
   package var exitCode: ExitCode {
     switch self {
-    case .file, .wrongKind, .empty, .tooLarge, .imageInUse, .tapMissing, .tapBusy, .notATap, .tap, .backendSocket,
+    case .file, .wrongKind, .empty, .tooLarge, .otherFormat, .imageInUse, .tapMissing, .tapBusy, .notATap, .tap, .backendSocket,
       .ownSocket:
       .resource
     case .noKVM, .kvmDenied, .memoryTooLarge, .noTun, .pseudoTerminal, .program, .launch, .identities, .notHardened, .limits,
@@ -98,6 +100,9 @@ package enum SupervisionError: Error, Sendable {
     case .tooLarge(let what, let path, let count, let memory):
       "The \(what) '\(path)' has \(count) bytes and does not fit into the guest's memory of "
         + "\(Quantity.describe(byteCount: memory)); raise --memory size="
+    case .otherFormat(let disk, let path, let format):
+      "Image '\(path)' of disk \(disk) is in the format \(format.rawValue), and only raw images are served; convert it (qemu-img convert -O "
+        + "raw), or add format=raw to the disk's keys if its bytes are the disk"
     case .imageInUse(let disk, let path, let holder):
       "Image '\(path)' of disk \(disk) is in use\(holder.map { " by \($0)" } ?? ""); end that use or name another image"
     case .tapMissing(let net, let tap):

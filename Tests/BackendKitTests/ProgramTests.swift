@@ -109,6 +109,7 @@ private func buffer(_ address: GuestAddress, _ count: UInt32, isWritable: Bool) 
       (["--blk-file=/no/such/file"], Int32(1), "Cannot open disk image /no/such/file"),
       (["--blk-file=/dev/null"], 1, "neither a regular file nor a block device"),
       ([], 1, "Exactly one of --blk-file"),
+      (["--blk-file=" + image.path, "--blk-format=qcow2"], 2, "--blk-format is raw, not qcow2"),
       (["--blk-fil=/x"], 2, "did you mean --blk-file?"),
       (["--blk-file=" + image.path, "--queue-size=3"], 2, "power of two"),
       (["--blk-file=/x", "--fd=3"], 2, "Exactly one of --socket-path"),

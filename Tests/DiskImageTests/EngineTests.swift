@@ -14,6 +14,10 @@ private final class ImageFile {
   }
   deinit { unlink(path) }
   func open(_ options: DiskImage.Options = .init()) throws -> DiskImage { try DiskImage.open(path, options) }
+  func begin(with bytes: [UInt8]) throws {
+    let file = try FileHandle(forWritingTo: URL(fileURLWithPath: path))
+    try file.write(contentsOf: bytes)
+  }
   var content: [UInt8] { FileManager.default.contents(atPath: path).map { Array($0) } ?? [] }
 }
 
@@ -162,6 +166,39 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
       _ = try body()
       return "opened"
     } catch { return "\(error)" }
+  }
+
+  @Test("An image that is more than a disk's bytes is refused by its format, unless it is meant as it is or somebody serves it already")
+  func otherFormats() throws {
+    func text(_ string: String, at offset: Int = 0) -> [UInt8] { [UInt8](repeating: 0, count: offset) + string.utf8 }
+    let heads: [(ImageFormat?, [UInt8])] = [
+      (.qcow, [0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 1]), (.qcow2, [0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 2]),
+      (.qcow2, [0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 3]), (nil, [0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 4]), (.qed, text("QED\0")),
+      (.vmdk, text("KDMV")), (.vmdk, text("COWD")), (.vmdk, text("# Disk DescriptorFile\nversion=1")),
+      (.vdi, text("<<< Oracle VM VirtualBox Disk Image >>>") + [UInt8](repeating: 0, count: 25) + [0x7F, 0x10, 0xDA, 0xBE]),
+      (.vhd, text("conectix")), (.vhdx, text("vhdxfile")), (.parallels, text("WithoutFreeSpace")),
+      (.parallels, text("WithouFreSpacExt")), (nil, text("QFI")), (nil, text("conectix", at: 1)), (nil, []),
+      // What guests make of their disks: LUKS, LVM, an archive.
+      (nil, text("LUKS") + [0xBA, 0xBE, 0, 2]), (nil, text("LABELONE", at: 512)), (nil, [0x1F, 0x8B, 8]),
+    ]
+    for (format, head) in heads {
+      let image = ImageFile(byteCount: 1 << 20)
+      try image.begin(with: head)
+      guard let format else {
+        #expect(failure { try image.open() } == "opened", "\(head)")
+        continue
+      }
+      let said = failure { try image.open() }
+      #expect(said.contains("in the format \(format.rawValue), ") && said.contains("--blk-format=raw"), "\(said)")
+      var raw = DiskImage.Options()
+      raw.isRaw = true
+      #expect(failure { try DiskImage.open(image.path, raw) } == "opened")
+      // Behind the first opener's lock a guest may have written that.
+      var locked = DiskImage.Options()
+      locked.isLocked = true
+      #expect(failure { try DiskImage.open(image.path, locked) } == "opened")
+    }
+    #expect(Set(heads.compactMap(\.0)) == Set(ImageFormat.allCases))
   }
 
   @Test func whatIsNoDiskIsRefusedByName() throws {

@@ -82,6 +82,24 @@ struct DiskServiceTests {
     home.expectNothingLeft()
   }
 
+  @Test("A guest whose disk comes to look like a qcow2 image keeps it, also when the process dies; another VM is told")
+  func foreignFormat() throws {
+    let home = try WholeVM()
+    let arguments = ["--cmdline", "test=boot end=hang", "--disk", "path=disk.img", "--control", "ctl", "--serial", "file=serial.log"]
+    let vm = try home.start(arguments)
+    try home.waitUntilRunning()
+    let image = try FileHandle(forWritingTo: URL(fileURLWithPath: home.directory + "/disk.img"))
+    try image.write(contentsOf: Data([0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 3]))
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    waitWhile { vm.isRunning && !vm.errorText.contains("served again") }
+    #expect(try home.ctl("replace blk0").code == 0)
+    vm.signal(SIGTERM)
+    _ = vm.wait()
+    let next = try home.start(arguments).wait()
+    #expect(next.code == 3 && next.errors.contains("is in the format qcow2, and only raw images are served"), "\(next)")
+    home.expectNothingLeft()
+  }
+
   @Test("A disk is made longer and shorter; what is no size or no disk is refused")
   func resize() throws {
     let home = try WholeVM()

@@ -84,6 +84,20 @@ struct BadInputTests {
       "Cannot use image of disk blk0 '/dev/zero': it is not a regular file or block device; name one")
   }
 
+  @Test func imageOfAnotherFormat() throws {
+    let home = try Installation()
+    let image = Data([0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 3] + [UInt8](repeating: 0, count: 65528))
+    try image.write(to: URL(fileURLWithPath: home.directory + "/a.qcow2"))
+    expect(
+      home, try home.run("--disk", "path=a.qcow2"), 3,
+      "Image 'a.qcow2' of disk blk0 is in the format qcow2, and only raw images are served; convert it (qemu-img convert -O raw), or add "
+        + "format=raw to the disk's keys if its bytes are the disk")
+    expect(
+      home, try home.run("--disk", "path=a.qcow2,format=qcow2"), 2, "Value 'qcow2' does not fit --disk format; it wants raw")
+    _ = try home.start(["--disk", "path=a.qcow2,format=raw", "--control", "ctl"])
+    try home.waitUntilRunning()
+  }
+
   @Test func imageInUseNamesTheHolder() throws {
     let home = try Installation()
     let first = try home.start(["--disk", "path=disk.img", "--control", "ctl"])
