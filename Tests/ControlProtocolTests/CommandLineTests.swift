@@ -234,7 +234,7 @@ private func complaint(_ arguments: String...) -> String? {
   }
 
   @Test func unknownKeyNamesTheNearestAndTheOthers() {
-    let known = "It knows path, readonly, id, serial, num_queues, queue_size, direct, aio, "
+    let known = "It knows path, readonly, format, id, serial, num_queues, queue_size, direct, aio, "
     let sentence = complaint("--disk", "path=a,read_only=on") ?? ""
     #expect(sentence.hasPrefix("Unknown key 'read_only' in --disk; did you mean 'readonly'? " + known))
     #expect(complaint("--cpus", "bot=1") == "Unknown key 'bot' in --cpus; did you mean 'boot'? It knows boot")
