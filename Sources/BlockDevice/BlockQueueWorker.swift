@@ -111,7 +111,8 @@ struct BlockQueueWorker<Engine: StorageEngine & ~Copyable>: ~Copyable {
       case .stop: break
       case .none:
         engine.turn(waiting: true)
-        while engine.nextEvent() != nil {}
+        // A queue that is taken away while its limit holds it back leaves its time running.
+        while let event = engine.nextEvent() { if case .time = event { isThrottled = false } }
       }
     }
   }

@@ -29,15 +29,33 @@ extension Spawner {
     return bytes.firstIndex(of: 10).map { Array(bytes[..<$0]) }
   }
 
-  /// Who may give orders: root, and whoever started the VM. Not the supervisor, which could connect to itself.
+  /// Who may give orders: root, and whoever started the VM. Nobody of this VM: not the supervisor, which could connect to itself, not what
+  /// it has started, which could make a connection for it, and not this process, which makes those to jailed programs.
   static func check(_ client: borrowing OwnedFD, _ supervisor: Supervisor) throws(SupervisionError) {
-    guard let peer = try? UnixSocket.peer(of: client), peer.uid == 0 || peer.uid == supervisor.userID, peer.pid != getppid() else {
+    guard let peer = try? UnixSocket.peer(of: client), peer.uid == 0 || peer.uid == supervisor.userID else {
       throw .launch("Only root and the user who started the VM can give it programs and files")
     }
-    // Where supervisors come and go, which one it is now is not known here: nobody of this VM gives orders.
-    if supervisor.configuration.outlivesSupervisor, parent(of: peer.pid).map({ $0 == getppid() }) != false {
+    guard isOutside(peer.pid) else {
       throw .launch("Who gives this order cannot be told; only root and the user who started the VM can")
     }
+  }
+
+  /// Whether a process is neither this one, nor the one above it, nor comes from that; false for one that is gone. Where supervisors come
+  /// and go the one above is theirs as well.
+  private static func isOutside(_ process: Int32) -> Bool {
+    let above = getppid()
+    guard process != getpid() else { return false }
+    var process = process
+    // More generations than any honest client has.
+    for _ in 0..<256 {
+      if process == above { return false }
+      if process <= 1 { return process == 1 }
+      guard let next = parent(of: process) else { return false }
+      // A kernel thread, or the first of a namespace that is ours too.
+      if next == 0 { return true }
+      process = next
+    }
+    return false
   }
 
   /// The parent's process id; nil when there is no such process.

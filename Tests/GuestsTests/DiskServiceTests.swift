@@ -100,6 +100,26 @@ struct DiskServiceTests {
     home.expectNothingLeft()
   }
 
+  @Test("A guest that is reset while its disk's rate limit holds it back is served afterwards")
+  func resetWhileThrottled() throws {
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=read n=100000 depth=8 span=1", "--disk",
+      "path=disk.img,num_queues=1,ops_size=200,ops_refill_time=1000", "--control", "ctl", "--serial", "file=serial.log",
+    ])
+    try home.waitUntilRunning()
+    func done() throws -> Int { sum(try queues(home, "stats blk0"), "requests") }
+    try waitWhile { try vm.isRunning && done() < 300 }
+    #expect(try home.ctl("reboot").code == 0)
+    let before = try done()
+    let end = Date().addingTimeInterval(20)
+    while try done() < before + 300, Date() < end, vm.isRunning { usleep(50_000) }
+    #expect(try done() >= before + 300)
+    vm.signal(SIGTERM)
+    _ = vm.wait()
+    home.expectNothingLeft()
+  }
+
   @Test("A disk is made longer and shorter; what is no size or no disk is refused")
   func resize() throws {
     let home = try WholeVM()
