@@ -23,7 +23,7 @@ package enum ImageFormat: String, CaseIterable, Sendable {
 
   /// - Parameter head: a file's first bytes.
   package static func told(by head: [UInt8]) -> ImageFormat? {
-    func begins(_ text: String, at offset: Int = 0) -> Bool { head.dropFirst(offset).starts(with: text.utf8) }
+    func begins(_ text: String) -> Bool { head.starts(with: text.utf8) }
     // QEMU's docs/interop/qcow2.rst: the version is a big-endian number behind the magic.
     if head.starts(with: [0x51, 0x46, 0x49, 0xFB]), head.count >= 8, head[4...6].allSatisfy({ $0 == 0 }) {
       if head[7] == 1 { return .qcow }
