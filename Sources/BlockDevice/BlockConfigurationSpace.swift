@@ -65,7 +65,7 @@ final class BlockConfigurationSpace: Sendable {
     if queueCount > 1 { features.insert(.blockMultipleQueues) }
     if image.isReadOnly { features.insert(.blockReadOnly) }
     if !image.isReadOnly, image.canPunchHoles { features.insert(.blockDiscard) }
-    if !image.isReadOnly, image.canPunchHoles || image.canZeroRanges { features.insert(.blockWriteZeroes) }
+    if !image.isReadOnly, image.canWriteZeroes { features.insert(.blockWriteZeroes) }
     if !image.isReadOnly, image.canSecureErase { features.insert(.blockSecureErase) }
     if isPortable { features.subtract([.packedRing, .inOrder, .blockLifetime, .blockSecureErase]) }
     return features.subtracting(missing)

@@ -43,18 +43,17 @@ public enum BlockProgram {
   }
 
   static func makeDevice(_ launch: LaunchArguments) throws(BackendError) -> BlockBackend {
-    let image = try openImage(launch)
+    let blockSize = try launch.number("block-size", in: 512...4096)
+    if let blockSize, blockSize != 512, blockSize != 4096 { throw .badOption("--block-size", why: "is 512 or 4096, not \(blockSize)") }
+    let image = try openImage(launch, unit: blockSize ?? 512)
     var options = BlockOptions()
     options.queueCount = try launch.number("num-queues", in: 1...64) ?? max(1, min(8, sysconf(CInt(_SC_NPROCESSORS_ONLN))))
     let queueSize = try launch.number("queue-size", in: 2...1024) ?? 256
     guard queueSize & (queueSize - 1) == 0 else { throw .badOption("--queue-size", why: "needs a power of two, not \(queueSize)") }
     options.greatestQueueSize = UInt16(queueSize)
-    options.blockSize = try launch.number("block-size", in: 512...4096)
-    if let blockSize = options.blockSize {
-      guard blockSize == 512 || blockSize == 4096 else { throw .badOption("--block-size", why: "is 512 or 4096, not \(blockSize)") }
-      guard blockSize >= image.logicalBlockSize else {
-        throw .badOption("--block-size", why: "is smaller than the storage's own block of \(image.logicalBlockSize) bytes")
-      }
+    options.blockSize = blockSize
+    if let blockSize, blockSize < image.logicalBlockSize {
+      throw .badOption("--block-size", why: "is smaller than the storage's own block of \(image.logicalBlockSize) bytes")
     }
     options.serial = launch.value("serial") ?? ""
     options.isPortable = launch.has("portable")
@@ -96,10 +95,11 @@ public enum BlockProgram {
     return BlockBackend(image: image, options)
   }
 
-  private static func openImage(_ launch: LaunchArguments) throws(BackendError) -> DiskImage {
+  private static func openImage(_ launch: LaunchArguments, unit: Int) throws(BackendError) -> DiskImage {
     var options = DiskImage.Options(
       isReadOnly: launch.has("read-only"), isDirect: launch.has("direct"), isShared: launch.has("force-share"),
       isLockedLater: launch.isStandby)
+    options.unit = unit
     options.isLocked = launch.has("blk-locked")
     options.isRegistered = launch.has("registered-file")
     switch launch.value("blk-format") {

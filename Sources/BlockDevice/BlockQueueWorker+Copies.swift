@@ -43,7 +43,7 @@ extension BlockQueueWorker where Engine: ~Copyable {
     foreseenCount = 0
     guard copiedCount > 0 else { return }
     // What was copied counts if the file is still as long as it was, where that has to be asked.
-    let end = mustSeeEnd ? engine.fileByteCount : .max
+    let end = mustSeeEnd ? engine.wholeByteCount : .max
     now = MonotonicTime.now.nanoseconds
     for number in 0..<copiedCount {
       let (slot, dataEnd) = unsafe (Int(foreseen[number].slot), foreseen[number].dataEnd)

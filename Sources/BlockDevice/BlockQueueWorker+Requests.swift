@@ -33,7 +33,9 @@ extension BlockQueueWorker where Engine: ~Copyable {
     // Several processes have been killed with it in flight.
     if chain.isPoisoned { return refuse(index, .ioError, &queue) }
 
-    switch BlockRequest.take(from: &chain, limits) {
+    let request = BlockRequest.take(from: &chain, limits)
+    space.limiter?.took(byteCount: UInt64(request.hasData ? max(chain.readableByteCount, chain.writableByteCount) : 0))
+    switch request {
     case .read(let sector):
       let byteCount = chain.writableByteCount
       unsafe slot.pointee.readByteCount = UInt32(byteCount)
@@ -46,7 +48,6 @@ extension BlockQueueWorker where Engine: ~Copyable {
       unsafe transfer(index, .write, sector, chain.readable, byteCount, &queue)
     case .flush:
       queue.counters[.flushes].add(1)
-      space.limiter?.took(byteCount: 0)
       start(index, StorageRequest(.flush), &queue)
     case .getID:
       answer(index, bytes: space.serial, &queue)
@@ -85,7 +86,6 @@ extension BlockQueueWorker where Engine: ~Copyable {
       unsafe vectors.update(from: first, count: count)
     }
     let durable = operation == .write && space.isWriteThrough
-    space.limiter?.took(byteCount: UInt64(byteCount))
     let request = unsafe StorageRequest(
       operation, offset: sector << 9, byteCount: UInt64(byteCount), vectors: vectors, vectorCount: count, isDurable: durable)
     guard operation == .read, let source = unsafe engine.foresee(request) else { return start(index, request, &queue) }

@@ -39,6 +39,15 @@ enum BlockRequest: Equatable {
   /// To be answered at once, because something is wrong with it.
   case refused(BlockStatus)
 
+  /// Data of the disk travels with it.
+  @inline(__always)
+  var hasData: Bool {
+    switch self {
+    case .read, .write: true
+    default: false
+    }
+  }
+
   /// Takes the header off the chain. The status byte was taken off before.
   @inline(__always)
   static func take(from chain: inout DescriptorChain, _ limits: BlockLimits) -> BlockRequest {

@@ -49,7 +49,9 @@ package final class RateLimiter: Sendable {
     /// for many requests.
     var wait: UInt64 {
       if burst >= 1 || now >= 1 { return 0 }
-      return UInt64(max(1, (max(1, min(size, perNanosecond * 1_000_000)) - now) / perNanosecond))
+      let nanoseconds = (max(1, min(size, perNanosecond * 1_000_000)) - now) / perNanosecond
+      // A day at most; what is left then is waited for anew. A slow rate and a great request make more than a number holds.
+      return UInt64(max(1, min(nanoseconds, 86_400e9)))
     }
   }
 

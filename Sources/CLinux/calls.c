@@ -34,6 +34,12 @@ int clinux_ofd_lock_range(int fd, int kind, int64_t start, int64_t length) {
   return result(fcntl(fd, F_OFD_SETLK, &lock));
 }
 
+int64_t clinux_ofd_lock_find(int fd, int kind, int64_t start, int64_t length) {
+  struct flock lock = {.l_type = (short)kind, .l_whence = SEEK_SET, .l_start = start, .l_len = length, .l_pid = 0};
+  if (fcntl(fd, F_OFD_GETLK, &lock) < 0) return -errno;
+  return lock.l_type == F_UNLCK ? -ENOENT : lock.l_start;
+}
+
 int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d) {
   return result(prctl(option, a, b, c, d));
 }
@@ -196,8 +202,9 @@ int clinux_unix_connect(int socket, const char *path) {
 const char *clinux_errno_name(int error) { return strerrorname_np(error); }
 
 int64_t clinux_file_size(int fd) {
-  struct stat status;
-  return syscall(SYS_fstat, fd, &status) == 0 ? (int64_t)status.st_size : -(int64_t)errno;
+  struct statx status;
+  // Only the size: of the times NFS knows nothing before it has written everything out.
+  return statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &status) == 0 ? (int64_t)status.stx_size : -(int64_t)errno;
 }
 
 long clinux_file_system(int fd) {

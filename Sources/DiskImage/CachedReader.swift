@@ -92,12 +92,12 @@ struct CachedReader {
       unsafe source += piece.iov_len
     }
     if clinux_cycles() &- begin > Self.slow { forget(place, request.offset) }
-    return unsafe request.vectorCount == 1 && showsNoEnd(pieces[0], request.offset) ? .whole : .ifLongEnough
+    return unsafe request.vectorCount == 1 && Self.showsNoEnd(pieces[0], request.offset) ? .whole : .ifLongEnough
   }
 
   /// Whether the last byte of every page in a piece is something else than zero. A guest that changes it meanwhile deceives itself.
   @inline(__always)
-  private func showsNoEnd(_ piece: iovec, _ offset: UInt64) -> Bool {
+  static func showsNoEnd(_ piece: iovec, _ offset: UInt64) -> Bool {
     guard let target = unsafe piece.iov_base else { return false }
     let byteCount = unsafe piece.iov_len
     var end = 4096 &- Int(offset & 4095)

@@ -19,6 +19,8 @@ final class CallPool: @unchecked Sendable {
   }
 
   private let image: DiskImage
+  private let port: SyncPort
+  private let ends: WriteEnds?
   private let slots: UnsafeMutablePointer<TransferState>
   private let lists: Mutex<Lists>
   /// Counts what waits (`EFD_SEMAPHORE`): every read takes one.
@@ -26,12 +28,16 @@ final class CallPool: @unchecked Sendable {
   /// Readable when something is done.
   let done: EventFD
 
-  init(_ image: DiskImage, _ slots: UnsafeMutablePointer<TransferState>, depth: Int) throws(SystemError) {
+  init(
+    _ image: DiskImage, _ port: SyncPort, _ ends: WriteEnds?, _ slots: UnsafeMutablePointer<TransferState>, depth: Int
+  ) throws(SystemError) {
     let number = eventfd(0, CInt(EFD_CLOEXEC) | CInt(EFD_SEMAPHORE))
     if number < 0 { throw SystemError("create an eventfd", Errno.current) }
     waiting = OwnedFD(owning: number)
     done = try EventFD()
     self.image = image
+    self.port = port
+    self.ends = ends
     unsafe self.slots = slots
     var start = Lists(waiting: [UInt16](repeating: 0, count: depth))
     start.done.reserveCapacity(depth)
@@ -108,22 +114,33 @@ final class CallPool: @unchecked Sendable {
       }
       if next.isEnding { return }
       guard let slot = next.slot else { continue }
-      let outcome = perform(slot)
+      guard let outcome = perform(slot) else { continue }
       lists.withLock { $0.done.append((UInt16(truncatingIfNeeded: slot), outcome)) }
       done.signal()
     }
   }
 
-  private func perform(_ slot: Int) -> StorageOutcome {
-    // SAFETY: slot < depth, and it is this thread's until it is on the list of what is done.
+  /// Nil where the slot is the gate's now.
+  private func perform(_ slot: Int) -> StorageOutcome? {
+    // SAFETY: slot < depth, and it is this thread's until it is on the list of what is done, or with the gate.
     let state = unsafe slots + slot
+    if let ends, unsafe state.pointee.request.operation == .write, unsafe state.pointee.step == .transfer {
+      image.lookAtEnd()
+      unsafe ends.note(state.pointee.offset &+ state.pointee.remaining, slot)
+      if unsafe !image.end.allows(state.pointee.offset &+ state.pointee.remaining) { return unsafe state.pointee.giveUp() }
+    }
     // Each round moves bytes, finishes a step, or uses up one of a bounded number of retries.
     while true {
-      let result = unsafe call(state.pointee)
-      switch unsafe state.pointee.advance(result, image) {
-      case .again: continue
-      case .finished(let outcome): return outcome
+      if unsafe state.pointee.step == .sync, unsafe !state.pointee.leadsSync {
+        guard image.gate.enter(port, UInt16(truncatingIfNeeded: slot)) else { return nil }
+        unsafe state.pointee.leadsSync = true
       }
+      let result = unsafe call(state.pointee)
+      guard case .finished(let outcome) = unsafe state.pointee.advance(result, image) else { continue }
+      if unsafe state.pointee.leadsSync { image.gate.leave(CInt(clamping: result), from: nil) }
+      let checked = unsafe state.pointee.checked(outcome, image, looks: true)
+      ends?.note(0, slot)
+      return checked
     }
   }
 
@@ -154,6 +171,6 @@ final class CallPool: @unchecked Sendable {
       let result = unsafe preadv(fd, pieces, CInt(count), Int(state.offset))
       return result < 0 ? -Int(Errno.current.rawValue) : result
     }
-    return unsafe clinux_pwritev2(fd, pieces, CInt(count), Int(state.offset), state.request.isDurable ? 2 : 0)  // RWF_DSYNC
+    return unsafe clinux_pwritev2(fd, pieces, CInt(count), Int(state.offset), 0)
   }
 }

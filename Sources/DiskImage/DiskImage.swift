@@ -33,6 +33,8 @@ package final class DiskImage: Sendable {
 
     /// The image is still another process's: it is locked by `claim`, before the first request.
     package var isLockedLater: Bool
+    /// The disk is a whole number of so many bytes: the block that the guest is to see, a power of two from 512 on.
+    package var unit = 512
 
     package init(
       isReadOnly: Bool = false, isDirect: Bool = false, isShared: Bool = false, mapsCache: Bool = true, isLockedLater: Bool = false
@@ -49,8 +51,9 @@ package final class DiskImage: Sendable {
   /// What the image is called in messages.
   package let name: String
   private let size: Atomic<UInt64>
-  /// Bytes a guest can address: a multiple of 512. Changes only in `lookAgain`.
+  /// Bytes a guest can address: a multiple of `unit`. Changes only in `lookAgain`.
   package var byteCount: UInt64 { size.load(ordering: .relaxed) }
+  private let unit: Int
   private let isDevice: Bool
   /// The file system is a process (FUSE). It may answer with less than there is, of which io_uring makes wrong bytes (Linux 6.18), and
   /// it takes its time in the place of whoever asks it not to: nothing for a ring.
@@ -68,10 +71,15 @@ package final class DiskImage: Sendable {
   package let canPunchHoles: Bool
   /// The device destroys ranges with all copies it keeps of them (`BLKSECDISCARD`).
   package let canSecureErase: Bool
-  /// Ranges can be zeroed without transferring zeros, keeping their storage (`FALLOC_FL_ZERO_RANGE`).
-  package let canZeroRanges: Bool
-  /// Ranges can be given storage (`fallocate` as such).
-  package let canAllocate: Bool
+  /// Ranges can be made zero without transferring zeros.
+  package var canWriteZeroes: Bool { isDevice || canPunchHoles }
+  /// What the file system said when it was first asked for: nothing tells without changing the file.
+  private let hasNoZeroing: Atomic<Bool>
+  private let hasNoAllocation = Atomic(false)
+  /// As far as is known ranges can be zeroed keeping their storage (`FALLOC_FL_ZERO_RANGE`).
+  var zeroesRanges: Bool { !hasNoZeroing.load(ordering: .relaxed) }
+  /// As far as is known ranges can be given storage (`fallocate` as such).
+  var allocatesRanges: Bool { !hasNoAllocation.load(ordering: .relaxed) }
 
   /// Some requests are orders to the device that neither io_uring nor `fallocate` gives.
   package var takesControl: Bool { isDevice && (canPunchHoles || canSecureErase) }
@@ -80,15 +88,28 @@ package final class DiskImage: Sendable {
   func insteadOfHole(_ operation: StorageOperation) -> TransferState.Step? {
     switch operation {
     case .discard where isDevice: .control(DeviceControl.discard)
-    case .zeroAndUnmap where canZeroRanges: .allocate(mode: FallocateMode.zeroRange)
+    case .zeroAndUnmap where isDevice: .allocate(mode: FallocateMode.zeroRange)
     default: nil
     }
   }
+
+  /// How else to keep the storage of a range that reads as zeros, where the file system has just refused `step`.
+  func insteadOfZeroing(_ step: TransferState.Step) -> TransferState.Step? {
+    guard step == .allocate(mode: FallocateMode.zeroRange), canPunchHoles, !isDevice else { return nil }
+    hasNoZeroing.store(true, ordering: .relaxed)
+    return .allocate(mode: FallocateMode.punchHole)
+  }
+
+  /// The file system cannot give a range storage that it has just taken from it.
+  func noteNoAllocation() { hasNoAllocation.store(true, ordering: .relaxed) }
 
   /// No storage at all: every request is done at once, reads bring nothing. For measuring what lies around the storage.
   package let isNull: Bool
 
   private let hasLock: Atomic<Bool>
+  /// Every sync of the file goes through it.
+  let gate = SyncGate()
+  let end = FileEnd()
   private let failedSync = Atomic<Bool>(false)
 
   /// The kernel reports a lost write once. From then on nothing can be promised to be stable, so every later flush fails
@@ -103,14 +124,32 @@ package final class DiskImage: Sendable {
   /// Opens an image by path.
   package static func open(_ path: String, _ options: Options) throws(DiskImageError) -> DiskImage {
     let flags = options.isReadOnly ? O_RDONLY : O_RDWR
-    let fd: OwnedFD
-    do {
-      // Not blocking, so that a named pipe in the place of an image cannot hold us; regular files and disks ignore it.
-      fd = try OwnedFD.open(path, flags | O_NONBLOCK)
-    } catch {
-      throw .cannotOpen(path, error.errno)
+    let exclusive = options.isReadOnly ? 0 : exclusiveFlag(path)
+    for attempt in 0...lockAttempts {
+      let fd: OwnedFD
+      do {
+        // Not blocking, so that a named pipe in the place of an image cannot hold us; regular files and disks ignore it.
+        fd = try OwnedFD.open(path, flags | O_NONBLOCK | exclusive)
+      } catch {
+        guard error.errno == .busy, exclusive != 0 else { throw .cannotOpen(path, error.errno) }
+        // As for a lock: requests of a process that was killed hold its open file until they have come back.
+        if let status = try? OwnedFD.open(path, O_RDONLY | O_NONBLOCK).status(), let holder = LockHolder.describe(of: status) {
+          throw .inUse(path, holder: holder)
+        }
+        if attempt < lockAttempts { _ = poll(nil, 0, 20) }
+        continue
+      }
+      return try DiskImage(fd, name: path, options)
     }
-    return try DiskImage(fd, name: path, options)
+    throw .inUse(path, holder: "the host (as a mounted file system?) or by another program")
+  }
+
+  /// A block device has as many files as there are nodes for it, and locks belong to files: a writer keeps others out by the device's own
+  /// means (open(2) on `O_EXCL`), mounts too.
+  package static func exclusiveFlag(_ path: String) -> CInt {
+    var status = stat()
+    // SAFETY: the call fills the structure.
+    return unsafe stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFBLK ? O_EXCL : 0
   }
 
   /// Takes an opened image. The access mode of the descriptor must allow what is asked for.
@@ -119,6 +158,7 @@ package final class DiskImage: Sendable {
     file = fd
     self.name = name
     size = Atomic(facts.byteCount)
+    unit = max(options.unit, facts.logicalBlockSize)
     isDevice = facts.isDevice
     isServedByProcess = facts.isServedByProcess
     cachedWindows = facts.isMappable && options.mapsCache && !options.isDirect && !options.isShared ? CachedWindows() : nil
@@ -129,8 +169,7 @@ package final class DiskImage: Sendable {
     isRegistered = options.isRegistered
     canPunchHoles = facts.canPunchHoles
     canSecureErase = facts.canSecureErase
-    canZeroRanges = facts.canZeroRanges
-    canAllocate = facts.canAllocate
+    hasNoZeroing = Atomic(false)
     isNull = false
     hasLock = Atomic(!options.isLockedLater || options.isShared || options.isLocked)
   }
@@ -148,11 +187,12 @@ package final class DiskImage: Sendable {
   /// A disk without storage, of so many bytes (a multiple of 512, at least one sector).
   package init(nullOf byteCount: UInt64) throws(DiskImageError) {
     let name = "without storage"
-    guard byteCount >= 512 else { throw .tooSmall(name, byteCount: byteCount) }
+    guard byteCount >= 512 else { throw .tooSmall(name, byteCount: byteCount, unit: 512) }
     guard byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: byteCount) }
     do { file = try OwnedFD.open("/dev/null", O_RDWR) } catch { throw .cannotOpen("/dev/null", error.errno) }
     self.name = name
     size = Atomic(byteCount - byteCount % 512)
+    unit = 512
     isDevice = false
     isServedByProcess = false
     cachedWindows = nil
@@ -163,8 +203,7 @@ package final class DiskImage: Sendable {
     isRegistered = false
     canPunchHoles = true
     canSecureErase = false
-    canZeroRanges = true
-    canAllocate = true
+    hasNoZeroing = Atomic(false)
     isNull = true
     hasLock = Atomic(true)
   }
@@ -178,8 +217,6 @@ package final class DiskImage: Sendable {
     var physicalBlockSize = 512
     var canPunchHoles = false
     var canSecureErase = false
-    var canZeroRanges = false
-    var canAllocate = false
     var isDevice = false
     var isMappable = false
     var isServedByProcess = false
@@ -188,23 +225,42 @@ package final class DiskImage: Sendable {
   /// Takes the image's size anew, after somebody has made it longer or shorter; true if it has changed.
   package func lookAgain() throws(DiskImageError) -> Bool {
     if isNull { return false }
-    var byteCount: UInt64 = 0
-    if isDevice {
-      // SAFETY: the call writes one 64-bit number.
-      let result = unsafe clinux_ioctl_pointer(file.rawValue, 0x8008_1272, &byteCount)  // BLKGETSIZE64
-      if result < 0 { throw .cannotOpen(name, Errno(-result)) }
-    } else {
-      do { byteCount = try file.status().byteCount } catch { throw .cannotOpen(name, error.errno) }
+    return try end.reset { () throws(DiskImageError) in
+      var byteCount: UInt64 = 0
+      if isDevice {
+        // SAFETY: the call writes one 64-bit number.
+        let result = unsafe clinux_ioctl_pointer(file.rawValue, 0x8008_1272, &byteCount)  // BLKGETSIZE64
+        if result < 0 { throw .cannotOpen(name, Errno(-result)) }
+      } else {
+        do throws(SystemError) { byteCount = try file.status().byteCount } catch { throw .cannotOpen(name, error.errno) }
+      }
+      guard byteCount >= UInt64(unit) else { throw .tooSmall(name, byteCount: byteCount, unit: unit) }
+      guard byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: byteCount) }
+      let visible = byteCount - byteCount % UInt64(unit)
+      return size.exchange(visible, ordering: .relaxed) != visible
     }
-    guard byteCount >= 512 else { throw .tooSmall(name, byteCount: byteCount) }
-    guard byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: byteCount) }
-    let visible = byteCount - byteCount % UInt64(isDevice ? logicalBlockSize : 512)
-    return size.exchange(visible, ordering: .relaxed) != visible
   }
 
-  /// How long the image's file is now.
-  @inline(__always)
-  var fileByteCount: UInt64 { UInt64(clamping: clinux_file_size(file.rawValue)) }
+  /// Whether the image can be cut off without its device saying so.
+  var canLoseItsEnd: Bool { !isDevice && !isNull }
+
+  /// Looks how long the file is. Where it is shorter than the disk, `end` allows no more than there is from now on.
+  func lookAtEnd() {
+    guard canLoseItsEnd else { return }
+    let found = clinux_file_size(file.rawValue)
+    // An error will be the request's too.
+    guard found >= 0, UInt64(found) < byteCount else { return }
+    guard end.isShort(UInt64(found), { byteCount }) else { return }
+    Log.error(
+      "Disk image \(name) has been cut off: it has \(found) bytes, and the disk has \(byteCount); requests behind its end fail. If that "
+        + "was meant, make the disk look again (SIGHUP, or martlet ctl resize-disk)")
+  }
+
+  /// Bytes of the disk that are in the file now, at least; 0 where that cannot be told.
+  var wholeByteCount: UInt64 {
+    lookAtEnd()
+    return end.allowed
+  }
 
   /// Local file systems whose mappings and writes share one cache: ext2/3/4, xfs, btrfs, f2fs (linux/magic.h). Not tmpfs, where
   /// reading a hole through a mapping fills it.
@@ -237,22 +293,46 @@ package final class DiskImage: Sendable {
     default:
       throw .wrongKind(name)
     }
+    // Before anything is asked that could touch what the lock's holder does.
+    if !options.isShared, !options.isLocked, !options.isLockedLater { try lock(fd, name, options) }
     // Behind the lock of whoever serves it a guest may write what it likes: only who opens the image for the first time asks.
     if !options.isRaw, !options.isLocked, !options.isLockedLater, let format = ImageFormat.told(by: fd) {
       throw .otherFormat(name, format)
     }
-    guard facts.byteCount >= 512 else { throw .tooSmall(name, byteCount: facts.byteCount) }
+    if options.isDirect, !facts.isDevice { facts.logicalBlockSize = try directUnit(fd, name) }
+    facts.physicalBlockSize = max(facts.physicalBlockSize, facts.logicalBlockSize)
+    let unit = UInt64(max(options.unit, facts.logicalBlockSize))
+    guard facts.byteCount >= unit else { throw .tooSmall(name, byteCount: facts.byteCount, unit: Int(unit)) }
     // off_t is signed, and sectors are counted in 64 bits: nothing above can be addressed.
     guard facts.byteCount <= UInt64(Int64.max) else { throw .tooLarge(name, byteCount: facts.byteCount) }
-    if facts.byteCount % 512 != 0 {
+    if facts.byteCount % unit != 0 {
       Log.warning(
-        "Disk image \(name) has \(facts.byteCount) bytes, not a multiple of 512: the last \(facts.byteCount % 512) are not visible to the guest"
-      )
-      facts.byteCount -= facts.byteCount % 512
+        "Disk image \(name) has \(facts.byteCount) bytes, not a multiple of \(unit): the last \(facts.byteCount % unit) are not visible "
+          + "to the guest")
+      facts.byteCount -= facts.byteCount % unit
     }
-    if !options.isReadOnly { probeAllocation(fd, status, &facts) }
-    if !options.isShared, !options.isLocked, !options.isLockedLater { try lock(fd, name, options) }
+    if !options.isReadOnly {
+      facts.canPunchHoles = facts.isDevice ? DeviceControl.takes(DeviceControl.discard, fd) : takesHoles(fd, status.byteCount)
+      facts.canSecureErase = facts.isDevice && DeviceControl.takes(DeviceControl.secureErase, fd)
+    }
     return facts
+  }
+
+  /// The least that the storage of a file transfers past the page cache, by what it lets us read: 512, or as many bytes as a block of it.
+  private static func directUnit(_ fd: borrowing OwnedFD, _ name: String) throws(DiskImageError) -> Int {
+    var memory: UnsafeMutableRawPointer?
+    // SAFETY: `memory` is ours, and has room for the greatest unit.
+    guard unsafe posix_memalign(&memory, 65536, 65536) == 0, let buffer = unsafe memory else { throw .cannotOpen(name, .noMemory) }
+    defer { unsafe free(buffer) }
+    var unit = 512
+    while unit <= 65536 {
+      // SAFETY: as above.
+      if unsafe pread(fd.rawValue, buffer, unit, 0) >= 0 { return unit }
+      guard Errno.current == .invalid else { break }
+      unit *= 2
+    }
+    // Whatever is wrong is for the requests to say.
+    return 512
   }
 
   private static func examineDevice(_ fd: borrowing OwnedFD, _ name: String, _ facts: inout Facts) throws(DiskImageError) {
@@ -272,23 +352,23 @@ package final class DiskImage: Sendable {
     facts.physicalBlockSize = max(Int(logical), Int(clamping: physical))
   }
 
-  /// Asks the file system without changing anything: a hole beyond the end of a file that keeps its size is no hole.
-  private static func probeAllocation(_ fd: borrowing OwnedFD, _ status: FileStatus, _ facts: inout Facts) {
-    if status.kind == .regular {
-      let beyond = Int(clamping: status.byteCount / 4096 * 4096 &+ 4096)
-      facts.canPunchHoles = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, beyond, 4096) == 0
-      // Zeroing beyond the end would give the range storage; an empty range is refused after the mode was checked.
-      facts.canZeroRanges = clinux_fallocate(fd.rawValue, FallocateMode.zeroRange, beyond, 4096) == 0
-      facts.canAllocate = clinux_fallocate(fd.rawValue, FallocateMode.keepSize, beyond, 4096) == 0
-      if facts.canZeroRanges || facts.canAllocate, facts.canPunchHoles {
-        _ = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, beyond, 4096)
-      }
-    } else {
-      // The kernel zeroes a range of a device by the device's own means or by writing zeros.
-      facts.canZeroRanges = true
-      facts.canPunchHoles = DeviceControl.takes(DeviceControl.discard, fd)
-      facts.canSecureErase = DeviceControl.takes(DeviceControl.secureErase, fd)
+  /// Asks the file system without changing anything: a hole where there is nothing is none. So far behind the end that nobody writes
+  /// there meanwhile, a copy that is still under way included; nearer only where the file system ends before.
+  private static func takesHoles(_ fd: borrowing OwnedFD, _ byteCount: UInt64) -> Bool {
+    for distance in [1 << 30, 1 << 24] {
+      let (place, overflows) = Int(clamping: byteCount / 4096 * 4096).addingReportingOverflow(distance)
+      guard !overflows else { continue }
+      let result = clinux_fallocate(fd.rawValue, FallocateMode.punchHole, place, 4096)
+      if result != -EFBIG, result != -EINVAL { return result == 0 }
     }
+    return false
+  }
+
+  private static func take(_ fd: CInt, _ kind: CInt) -> CInt {
+    let result = clinux_ofd_lock(fd, kind)
+    guard result == 0, kind == F_RDLCK, LockHolder.isWrittenByQEMU(fd) else { return result }
+    _ = clinux_ofd_lock(fd, CInt(F_UNLCK))
+    return -EAGAIN
   }
 
   /// For two seconds, 20 ms apart.
@@ -298,13 +378,13 @@ package final class DiskImage: Sendable {
   /// exactly when nobody can write any more, in-flight operations included.
   private static func lock(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) {
     let kind = CInt(options.isReadOnly ? F_RDLCK : F_WRLCK)
-    var result = clinux_ofd_lock(fd.rawValue, kind)
+    var result = take(fd.rawValue, kind)
     // A process that was killed is gone before the kernel has finished what it had begun, and the lock stays until then,
     // with nobody who has it.
     for _ in 0..<lockAttempts where result == -EAGAIN || result == -EACCES {
       if let status = try? fd.status(), let holder = LockHolder.describe(of: status) { throw .inUse(name, holder: holder) }
       _ = poll(nil, 0, 20)
-      result = clinux_ofd_lock(fd.rawValue, kind)
+      result = take(fd.rawValue, kind)
     }
     if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
     if result < 0 { Log.warning("Disk image \(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }
@@ -343,8 +423,8 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
   case wrongKind(String)
   /// The descriptor was opened for less than is asked for.
   case wrongAccessMode(String, writable: Bool)
-  /// Less than one sector.
-  case tooSmall(String, byteCount: UInt64)
+  /// Less than one block.
+  case tooSmall(String, byteCount: UInt64, unit: Int)
   /// More than a file offset can say.
   case tooLarge(String, byteCount: UInt64)
   case oddBlockSize(String, Int)
@@ -361,7 +441,7 @@ package enum DiskImageError: Error, Sendable, CustomStringConvertible {
     case .wrongKind(let name): "Disk image \(name) is neither a regular file nor a block device"
     case .wrongAccessMode(let name, let writable):
       "The descriptor of disk image \(name) is not open for \(writable ? "reading and writing; open it so, or use --read-only" : "reading")"
-    case .tooSmall(let name, let count): "Disk image \(name) has \(count) bytes; a disk has at least one sector of 512"
+    case .tooSmall(let name, let count, let unit): "Disk image \(name) has \(count) bytes; a disk has at least one block of \(unit)"
     case .tooLarge(let name, let count): "Disk image \(name) has \(count) bytes, more than can be addressed"
     case .oddBlockSize(let name, let size): "Disk \(name) has the impossible block size \(size)"
     case .noDirectAccess(let name, let errno):

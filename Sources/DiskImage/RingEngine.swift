@@ -19,6 +19,14 @@ package struct RingEngine: StorageEngine, ~Copyable {
   private var called: [(slot: UInt16, outcome: StorageOutcome)] = []
   /// What `calls.done` is watched by.
   private static let callsToken = Int(UInt32.max)
+  private let port: SyncPort
+  /// What `port` is watched by.
+  private static let portToken = Int(UInt32.max) - 1
+  private let ends: WriteEnds?
+  /// The file was looked at since the last time that something was handed over.
+  private var hasLooked = false
+  /// Completions that lay there when the file was last looked at, and still do.
+  private var seenCount: UInt32 = 0
   /// When to wake; the kernel reads it when the ring is entered.
   private let deadline: UnsafeMutablePointer<timespec>
   private var isTimed = false
@@ -51,9 +59,12 @@ package struct RingEngine: StorageEngine, ~Copyable {
     unsafe slots.initialize(repeating: TransferState(), count: depth)
     var calls: CallPool?
     var callThread: HostThread?
+    let port: SyncPort
+    let ends = image.canLoseItsEnd && !image.isReadOnly ? WriteEnds(depth: depth) : nil
     do throws(SystemError) {
+      port = try SyncPort()
       if image.takesControl {
-        let pool = try unsafe CallPool(image, slots, depth: depth)
+        let pool = try unsafe CallPool(image, port, ends, slots, depth: depth)
         callThread = try pool.start(threadCount: 1).first
         calls = pool
       }
@@ -61,30 +72,35 @@ package struct RingEngine: StorageEngine, ~Copyable {
       unsafe slots.deallocate()
       throw error
     }
-    unsafe self.init(image, depth, ring, slots, calls, callThread)
+    unsafe self.init(image, depth, ring, slots, port, ends, calls, callThread)
+    watch(port.event.fd.rawValue, token: Self.portToken)
     if let calls { watch(calls.done.fd.rawValue, token: Self.callsToken) }
   }
 
   @unsafe
   private init(
-    _ image: DiskImage, _ depth: Int, _ ring: consuming IORing, _ slots: UnsafeMutablePointer<TransferState>, _ calls: CallPool?,
-    _ callThread: HostThread?
+    _ image: DiskImage, _ depth: Int, _ ring: consuming IORing, _ slots: UnsafeMutablePointer<TransferState>, _ port: SyncPort,
+    _ ends: WriteEnds?, _ calls: CallPool?, _ callThread: HostThread?
   ) {
     self.image = image
     self.depth = depth
     self.ring = ring
     unsafe self.slots = slots
+    self.port = port
+    self.ends = ends
+    if let ends { image.end.join(ends) }
     self.calls = calls
     self.callThread = callThread
     cache = CachedReader(image)
     unsafe deadline = .allocate(capacity: 1)
     unsafe deadline.initialize(to: timespec())
-    called.reserveCapacity(calls == nil ? 0 : depth)
+    called.reserveCapacity(depth)
   }
 
   deinit {
     calls?.end(threadCount: 1)
     callThread?.join()
+    if let ends { image.end.leave(ends) }
     unsafe slots.deallocate()
     unsafe deadline.deallocate()
   }
@@ -96,6 +112,13 @@ package struct RingEngine: StorageEngine, ~Copyable {
     precondition(slot >= 0 && slot < depth, "A slot number is below the depth of the engine.")
     // SAFETY: checked above.
     if image.isNull { return .done }
+    if let ends, request.operation == .write {
+      if !hasLooked {
+        image.lookAtEnd()
+        hasLooked = true
+      }
+      ends.note(request.offset &+ request.byteCount, slot)
+    }
     if let outcome = unsafe slots[slot].begin(request, image) { return outcome }
     prepare(slot)
     return nil
@@ -106,7 +129,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
   @inline(__always)
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
 
-  package var fileByteCount: UInt64 { image.fileByteCount }
+  package var wholeByteCount: UInt64 { image.wholeByteCount }
 
   package mutating func wake(at time: MonotonicTime) {
     guard !isTimed else { return }
@@ -126,13 +149,17 @@ package struct RingEngine: StorageEngine, ~Copyable {
     case .control:
       calls?.give([UInt16(truncatingIfNeeded: slot)])
       prepared = calls != nil
-    case .sync: prepared = ring.prepareDataSync(file, userData: tag)
+    case .sync:
+      if unsafe !state.pointee.leadsSync {
+        guard image.gate.enter(port, UInt16(truncatingIfNeeded: slot)) else { return }
+        unsafe state.pointee.leadsSync = true
+      }
+      prepared = ring.prepareDataSync(file, userData: tag)
     case .allocate(let mode):
       prepared = unsafe ring.prepareAllocate(
         file, mode: UInt32(mode), offset: state.pointee.offset, byteCount: state.pointee.remaining, userData: tag)
     case .transfer:
       let offset = unsafe state.pointee.offset
-      let durable = unsafe state.pointee.request.isDurable
       let reads = unsafe state.pointee.request.operation == .read
       // SAFETY: the requester keeps memory and pieces until completion.
       if let piece = unsafe state.pointee.nextPiece {
@@ -141,7 +168,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
           reads
           ? unsafe ring.prepareRead(file, into: piece.base, byteCount: length, offset: offset, userData: tag)
           : unsafe ring.prepareWrite(
-            file, from: piece.base, byteCount: length, offset: offset, durable: durable, userData: tag)
+            file, from: piece.base, byteCount: length, offset: offset, userData: tag)
       } else {
         let count = unsafe state.pointee.vectorCount
         guard let vectors = unsafe state.pointee.vectors else { preconditionFailure("A transfer has memory.") }
@@ -149,7 +176,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
           reads
           ? unsafe ring.prepareReadVectored(file, into: vectors, count: count, offset: offset, userData: tag)
           : unsafe ring.prepareWriteVectored(
-            file, from: vectors, count: count, offset: offset, durable: durable, userData: tag)
+            file, from: vectors, count: count, offset: offset, userData: tag)
       }
     }
     precondition(prepared, "The ring has an entry for every slot.")
@@ -182,6 +209,7 @@ package struct RingEngine: StorageEngine, ~Copyable {
 
   package mutating func turn(waiting: Bool) {
     if !waiting, ring.showsWork, !ring.needsEnter { return }
+    hasLooked = false
     // Interrupted, or short of room: the caller takes what is there and comes again.
     _ = ring.enter(waitingFor: waiting ? 1 : 0)
   }
@@ -192,29 +220,68 @@ package struct RingEngine: StorageEngine, ~Copyable {
       if let done = called.popLast() { return .completed(slot: Int(done.slot), done.outcome) }
       guard let completion = ring.nextCompletion() else { return nil }
       let number = Int(UInt32(truncatingIfNeeded: completion.userData))
+      let isSeen = seenCount > 0
+      if isSeen { seenCount -= 1 }
       switch completion.userData >> 32 {
       case Kind.request:
         // SAFETY: the number is one that `prepare` was given.
         switch unsafe slots[number].advance(Int(completion.result), image) {
         case .again: prepare(number)
         case .finished(let outcome):
-          if outcome == .done, let operation = unsafe Optional(slots[number].request.operation), operation == .read || operation == .write {
-            unsafe cache?.learn(slots[number].request, image)
+          if unsafe slots[number].leadsSync {
+            image.gate.leave(completion.result, from: port)
+            takeLetters()
           }
-          return .completed(slot: number, outcome)
+          let isLooking = unsafe !isSeen && outcome == .done && slots[number].dependsOnEnd
+          // One look is for all that have come.
+          if isLooking { seenCount = ring.waitingCount }
+          return .completed(slot: number, settle(number, outcome, looks: isLooking))
         }
       case Kind.watch:
         guard let entry = watched.first(where: { $0.token == number }) else { continue }
         if !completion.hasMore, completion.result != -ECANCELED { arm(entry.fd, number) }
-        if number == Self.callsToken {
-          calls?.collect(into: &called)
-        } else if completion.result > 0 {
-          return .readable(token: number)
+        switch number {
+        case Self.callsToken: calls?.collect(into: &called)
+        case Self.portToken: takeLetters()
+        default: if completion.result > 0 { return .readable(token: number) }
         }
       case Kind.time:
         isTimed = false
         return .time
       default: continue
+      }
+    }
+  }
+
+  /// What a request has come to, after the file has been looked at where that matters.
+  @inline(__always)
+  private func settle(_ number: Int, _ outcome: StorageOutcome, looks: Bool) -> StorageOutcome {
+    // SAFETY: the number is below the depth.
+    let checked = unsafe slots[number].checked(outcome, image, looks: looks)
+    switch unsafe slots[number].request.operation {
+    case .write:
+      ends?.note(0, number)
+      fallthrough
+    case .read: if checked == .done { unsafe cache?.learn(slots[number].request, image) }
+    default: break
+    }
+    return checked
+  }
+
+  /// What the gate says of slots that wait for a sync.
+  private mutating func takeLetters() {
+    while let (slot, letter) = port.next() {
+      // SAFETY: the gate was given the slot by us, and gives it back.
+      let state = unsafe slots + Int(slot)
+      switch letter {
+      case .begin:
+        unsafe state.pointee.leadsSync = true
+        prepare(Int(slot))
+      case .ended(let result):
+        guard case .finished(let outcome) = unsafe state.pointee.advance(Int(result), image) else {
+          preconditionFailure("A sync ends with its result.")
+        }
+        called.append((slot, settle(Int(slot), outcome, looks: true)))
       }
     }
   }

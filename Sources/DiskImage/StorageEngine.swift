@@ -60,7 +60,7 @@ package enum StorageOutcome: Equatable, Sendable {
 package enum CopyOutcome: Equatable, Sendable {
   /// It is to be begun as any other.
   case no
-  /// Done, if `fileByteCount` says afterwards that the image still has as many bytes.
+  /// Done, if `wholeByteCount` says afterwards that the image still has as many bytes.
   case ifLongEnough
   case whole
 }
@@ -83,8 +83,8 @@ package protocol StorageEngine: ~Copyable {
   func foresee(_ request: StorageRequest) -> UnsafeRawPointer?
   /// Does a read at once, if the host has the data cached and an engine has a way around the kernel.
   mutating func copy(_ request: StorageRequest) -> CopyOutcome
-  /// How long the image is now. One system call.
-  var fileByteCount: UInt64 { get }
+  /// Bytes of the disk that are in the image now, at least. One system call.
+  var wholeByteCount: UInt64 { get }
   /// Reports `.time` once, when the time has come. One at a time: a later call has no effect until then.
   mutating func wake(at time: MonotonicTime)
   /// Watches a descriptor for being readable; reported at least once after it was watched if it is readable then, and at
@@ -105,5 +105,5 @@ package protocol StorageEngine: ~Copyable {
 extension StorageEngine where Self: ~Copyable {
   package func foresee(_ request: StorageRequest) -> UnsafeRawPointer? { nil }
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { .no }
-  package var fileByteCount: UInt64 { 0 }
+  package var wholeByteCount: UInt64 { 0 }
 }

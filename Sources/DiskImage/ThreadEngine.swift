@@ -12,6 +12,8 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
   private let depth: Int
   private let slots: UnsafeMutablePointer<TransferState>
   private let pool: CallPool
+  private let port: SyncPort
+  private let ends: WriteEnds?
   private let threads: [HostThread]
   private let cache: CachedReader?
   /// Begun, and not handed over yet.
@@ -30,8 +32,11 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     unsafe slots.initialize(repeating: TransferState(), count: depth)
     let pool: CallPool
     let threads: [HostThread]
+    let port: SyncPort
+    let ends = image.canLoseItsEnd && !image.isReadOnly ? WriteEnds(depth: depth) : nil
     do throws(SystemError) {
-      pool = try unsafe CallPool(image, slots, depth: depth)
+      port = try SyncPort()
+      pool = try unsafe CallPool(image, port, ends, slots, depth: depth)
       threads = try pool.start(threadCount: threadCount)
     } catch {
       unsafe slots.deallocate()
@@ -41,6 +46,9 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     self.depth = depth
     unsafe self.slots = slots
     self.pool = pool
+    self.port = port
+    self.ends = ends
+    if let ends { image.end.join(ends) }
     self.threads = threads
     cache = CachedReader(image)
     prepared.reserveCapacity(depth)
@@ -50,6 +58,7 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
   deinit {
     pool.end(threadCount: threads.count)
     for thread in threads { thread.join() }
+    if let ends { image.end.leave(ends) }
     unsafe slots.deallocate()
   }
 
@@ -68,7 +77,7 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
 
   package func foresee(_ request: StorageRequest) -> UnsafeRawPointer? { unsafe cache?.foresee(request) }
   package mutating func copy(_ request: StorageRequest) -> CopyOutcome { cache?.copy(request) ?? .no }
-  package var fileByteCount: UInt64 { image.fileByteCount }
+  package var wholeByteCount: UInt64 { image.wholeByteCount }
   package mutating func wake(at time: MonotonicTime) { if wakeTime == nil { wakeTime = time } }
 
   package mutating func watch(_ fd: CInt, token: Int) { watched.append((token, fd)) }
@@ -85,7 +94,7 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     }
     guard !hasWork else { return }
     entries.removeAll(keepingCapacity: true)
-    entries.append(pollfd(fd: pool.done.fd.rawValue, events: Int16(POLLIN), revents: 0))
+    for fd in [pool.done.fd.rawValue, port.event.fd.rawValue] { entries.append(pollfd(fd: fd, events: Int16(POLLIN), revents: 0)) }
     for entry in watched { entries.append(pollfd(fd: entry.fd, events: Int16(POLLIN), revents: 0)) }
     // SAFETY: the array is not changed during the call.
     guard unsafe poll(&entries, nfds_t(entries.count), waiting ? timeout() : 0) > 0 else { return }
@@ -93,7 +102,30 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
       // Taken here, because the kernel would report it for ever.
       var value: UInt64 = 0
       if entry.revents & Int16(POLLIN) != 0 { _ = unsafe read(entry.fd, &value, 8) }
-      if index == 0 { pool.collect(into: &completed) } else { ready.append(watched[index - 1].token) }
+      switch index {
+      case 0: pool.collect(into: &completed)
+      case 1: takeLetters()
+      default: ready.append(watched[index - 2].token)
+      }
+    }
+  }
+
+  /// What the gate says of slots that wait for a sync.
+  private mutating func takeLetters() {
+    while let (slot, letter) = port.next() {
+      // SAFETY: the gate was given the slot by us, and gives it back.
+      let state = unsafe slots + Int(slot)
+      switch letter {
+      case .begin:
+        unsafe state.pointee.leadsSync = true
+        pool.give([slot])
+      case .ended(let result):
+        guard case .finished(let outcome) = unsafe state.pointee.advance(Int(result), image) else {
+          preconditionFailure("A sync ends with its result.")
+        }
+        completed.append((slot, unsafe state.pointee.checked(outcome, image, looks: true)))
+        ends?.note(0, Int(slot))
+      }
     }
   }
 

@@ -26,6 +26,8 @@ struct TransferState {
   var offset: UInt64 = 0
   var remaining: UInt64 = 0
   var retries = 0
+  /// The sync that is under way, or is to begin, is this slot's own.
+  var leadsSync = false
   /// Memory that satisfies `O_DIRECT`, for a transfer whose own does not.
   var bounce: UnsafeMutableRawPointer?
 
@@ -35,10 +37,13 @@ struct TransferState {
   mutating func begin(_ request: StorageRequest, _ image: DiskImage) -> StorageOutcome? {
     self.request = request
     retries = 0
+    leadsSync = false
     offset = request.offset
     remaining = request.byteCount
     unsafe vectors = request.vectors
     vectorCount = request.vectorCount
+    // The range lies inside the disk, whose size fits 63 bits.
+    if !image.end.allows(offset &+ remaining) { return .failed(.inputOutput) }
     switch request.operation {
     case .read, .write:
       guard remaining > 0 else { return .done }
@@ -54,13 +59,9 @@ struct TransferState {
       guard image.canSecureErase else { return .failed(.notSupported) }
       step = .control(DeviceControl.secureErase)
     case .zero, .zeroAndUnmap:
-      if image.canPunchHoles, request.operation == .zeroAndUnmap || !image.canZeroRanges {
-        step = .allocate(mode: FallocateMode.punchHole)
-      } else if image.canZeroRanges {
-        step = .allocate(mode: FallocateMode.zeroRange)
-      } else {
-        return .failed(.notSupported)
-      }
+      guard image.canWriteZeroes else { return .failed(.notSupported) }
+      let makesHole = image.canPunchHoles && (request.operation == .zeroAndUnmap || !image.zeroesRanges)
+      step = .allocate(mode: makesHole ? FallocateMode.punchHole : FallocateMode.zeroRange)
     }
     return nil
   }
@@ -76,19 +77,25 @@ struct TransferState {
     if result < 0 { return failed(Errno(CInt(-result)), image) }
     switch step {
     case .transfer: return moved(result, image)
-    case .sync: return finish(.done)
+    // What an earlier sync failed for may be what this one was asked to make stable.
+    case .sync: return finish(image.hasFailedSync ? .failed(.inputOutput) : .done)
     case .allocate, .control:
       // A file system without zeroing of its own: the range is given back and then given storage again.
-      if request.operation == .zero, step == .allocate(mode: FallocateMode.punchHole), image.canAllocate {
+      if request.operation == .zero, step == .allocate(mode: FallocateMode.punchHole), image.allocatesRanges {
         step = .allocate(mode: FallocateMode.keepSize)
         return .again
       }
-      if request.isDurable {
-        step = .sync
-        return .again
-      }
-      return finish(.done)
+      return moveOn(image)
     }
+  }
+
+  /// The data is where it belongs; what is to be stable needs a sync, which is one for all (`SyncGate`). A write that the kernel makes
+  /// stable by itself (`RWF_DSYNC`) would be told of another's loss in place of the other's flush.
+  private mutating func moveOn(_ image: DiskImage) -> Next {
+    guard request.isDurable else { return finish(.done) }
+    if image.hasFailedSync { return finish(.failed(.inputOutput)) }
+    step = .sync
+    return .again
   }
 
   private mutating func failed(_ error: Errno, _ image: DiskImage) -> Next {
@@ -103,7 +110,17 @@ struct TransferState {
       step = other
       return .again
     }
-    if step == .sync || (request.isDurable && error == .inputOutput) { image.noteFailedSync(error) }
+    if error == .notSupported, request.operation == .zero {
+      if let other = image.insteadOfZeroing(step) {
+        step = other
+        return .again
+      }
+      if step == .allocate(mode: FallocateMode.keepSize) {
+        image.noteNoAllocation()
+        return moveOn(image)
+      }
+    }
+    if step == .sync { image.noteFailedSync(error) }
     return finish(.failed(error))
   }
 
@@ -119,13 +136,47 @@ struct TransferState {
       if unsafe bounce != nil, request.operation == .write { copyToBounce() }
       return .again
     }
-    return finish(.done)
+    return request.operation == .write ? moveOn(image) : finish(.done)
   }
 
   private mutating func finish(_ outcome: StorageOutcome) -> Next {
     if let memory = unsafe bounce { unsafe free(memory) }
     unsafe bounce = nil
     return .finished(outcome)
+  }
+
+  /// Not begun after all, because the file has been cut off.
+  mutating func giveUp() -> StorageOutcome {
+    _ = finish(.failed(.inputOutput))
+    return .failed(.inputOutput)
+  }
+
+  /// The outcome, after the file has been looked at (by this, if it `looks`) where that matters.
+  @inline(__always)
+  func checked(_ outcome: StorageOutcome, _ image: DiskImage, looks: Bool) -> StorageOutcome {
+    guard outcome == .done, image.canLoseItsEnd, dependsOnEnd else { return outcome }
+    if looks { image.lookAtEnd() }
+    return image.end.allows(request.offset &+ request.byteCount) ? outcome : .failed(.inputOutput)
+  }
+
+  /// Whether the answer to what has just been done depends on the file being as long as the disk: a write may have made it longer,
+  /// and zeros may be what a file reads as where nothing was written.
+  @inline(__always)
+  var dependsOnEnd: Bool {
+    switch request.operation {
+    case .write: true
+    case .read:
+      unsafe request.vectorCount != 1 || request.byteCount > 16384 || request.vectors.map { unsafe showsZeros($0.pointee) } ?? true
+    default: false
+    }
+  }
+
+  /// Whether the piece's last byte in any page of the image is zero. A guest that changes it meanwhile deceives itself.
+  @inline(__always)
+  private func showsZeros(_ piece: iovec) -> Bool {
+    // Moved along, because it came back short.
+    guard unsafe UInt64(piece.iov_len) == request.byteCount else { return true }
+    return unsafe !CachedReader.showsNoEnd(piece, request.offset)
   }
 
   // MARK: Pieces

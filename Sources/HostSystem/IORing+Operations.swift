@@ -69,14 +69,13 @@ extension IORing {
       .read, file, offset: offset, address: UInt64(UInt(bitPattern: buffer)), length: byteCount, userData: userData)
   }
 
-  /// `IORING_OP_WRITE`; with `durable`, completion means that the data is on stable storage (`RWF_DSYNC`).
+  /// `IORING_OP_WRITE`: `byteCount` bytes of `buffer` at `offset`.
   @unsafe @inlinable @inline(__always)
   public mutating func prepareWrite(
-    _ file: IOFile, from buffer: UnsafeRawPointer, byteCount: UInt32, offset: UInt64, durable: Bool = false, userData: UInt64
+    _ file: IOFile, from buffer: UnsafeRawPointer, byteCount: UInt32, offset: UInt64, userData: UInt64
   ) -> Bool {
     prepare(
-      .write, file, offset: offset, address: UInt64(UInt(bitPattern: buffer)), length: byteCount, flags: durable ? 2 : 0,
-      userData: userData)
+      .write, file, offset: offset, address: UInt64(UInt(bitPattern: buffer)), length: byteCount, userData: userData)
   }
 
   /// `IORING_OP_READV`: `count` iovecs (at most 1024), which must live until the completion was taken.
@@ -91,11 +90,11 @@ extension IORing {
   /// `IORING_OP_WRITEV`, as the two above.
   @unsafe @inlinable @inline(__always)
   public mutating func prepareWriteVectored(
-    _ file: IOFile, from vectors: UnsafePointer<iovec>, count: Int, offset: UInt64, durable: Bool = false, userData: UInt64
+    _ file: IOFile, from vectors: UnsafePointer<iovec>, count: Int, offset: UInt64, userData: UInt64
   ) -> Bool {
     prepare(
       .writeVectored, file, offset: offset, address: UInt64(UInt(bitPattern: vectors)), length: UInt32(count),
-      flags: durable ? 2 : 0, userData: userData)
+      userData: userData)
   }
 
   /// `IORING_OP_FSYNC` with `IORING_FSYNC_DATASYNC`: `fdatasync(2)`.
@@ -174,6 +173,9 @@ extension IORing {
   /// Whether `hasWork` tells the whole truth: the kernel shows waiting work, and its flag means something now.
   @inlinable @inline(__always)
   public var showsWork: Bool { traits.showsTaskWork && !flagsMisled }
+
+  /// Completions that wait to be taken. Never a system call.
+  public var waitingCount: UInt32 { unsafe clinux_load_acquire_u32(completionTailPointer) &- completionHead }
 
   /// The next completion, or nil when none waits. Never a system call.
   @inlinable @inline(__always)

@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 
 /// Finds out who holds a file lock. Only asked when a lock was refused, so it may be slow.
@@ -9,6 +10,12 @@ package enum LockHolder {
     if pid == getpid() { return own }
     guard let bytes = try? OwnedFD.open("/proc/\(pid)/comm", O_RDONLY).readToEnd(limit: 64) else { return "process \(pid)" }
     return "process \(pid) (\(String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self)))"
+  }
+
+  /// Whether QEMU writes the file: it says so by a lock for reading on one byte (100 for the permissions, and its bit of them: 1 for
+  /// writing, docs/system/images.rst and block/file-posix.c), which readers of ours would not meet. Locks of ours begin elsewhere.
+  package static func isWrittenByQEMU(_ file: CInt) -> Bool {
+    (100...103).contains(clinux_ofd_lock_find(file, CInt(F_WRLCK), 101, 1))
   }
 
   /// Open-file-description locks show no pid in /proc/locks; they do show in the fdinfo of their descriptors. The

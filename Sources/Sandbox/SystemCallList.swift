@@ -53,7 +53,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
       [
         SystemCallRule(number: 295, reason: "preadv"),
         SystemCallRule(
-          number: 328, conditions: [.init(argument: 5, test: .anyOf([0, 2]))], reason: "pwritev2"),
+          number: 328, conditions: [.init(argument: 5, test: .masked(.max, equals: 0))], reason: "pwritev2"),
         SystemCallRule(number: 75, reason: "fdatasync"),
         SystemCallRule(
           number: 285, conditions: [.init(argument: 1, test: .anyOf([1, 3, 17]))], reason: "fallocate"),
@@ -61,6 +61,10 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 16, conditions: [.init(argument: 1, test: .masked(.max, equals: 0x80081272))], reason: "ioctl"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
+        SystemCallRule(
+          number: 332,
+          conditions: [.init(argument: 2, test: .masked(.max, equals: 0x1000)), .init(argument: 3, test: .masked(.max, equals: 0x200))],
+          reason: "statx"),
       ]
     case .blockControl:
       [
@@ -76,6 +80,10 @@ package enum SystemCallList: String, CaseIterable, Sendable {
         SystemCallRule(number: 24, reason: "sched_yield"),
         SystemCallRule(
           number: 28, conditions: [.init(argument: 2, test: .masked(.max, equals: 1))], reason: "madvise"),
+        SystemCallRule(
+          number: 332,
+          conditions: [.init(argument: 2, test: .masked(.max, equals: 0x1000)), .init(argument: 3, test: .masked(.max, equals: 0x200))],
+          reason: "statx"),
       ]
     case .console:
       [

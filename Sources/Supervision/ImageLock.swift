@@ -24,7 +24,12 @@ package enum ImageLock {
   static func takeAll(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock(fd, CInt(F_WRLCK))) }
 
   /// Everything, for one of many who only read.
-  static func takeToRead(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock(fd, CInt(F_RDLCK))) }
+  static func takeToRead(_ fd: CInt) -> Outcome {
+    let result = outcome(clinux_ofd_lock(fd, CInt(F_RDLCK)))
+    guard case .had = result, LockHolder.isWrittenByQEMU(fd) else { return result }
+    _ = clinux_ofd_lock(fd, CInt(F_UNLCK))
+    return .refused
+  }
 
   /// The owner's byte alone.
   static func own(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock_range(fd, CInt(F_WRLCK), ownerByte, 0)) }

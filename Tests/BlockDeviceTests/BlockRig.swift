@@ -79,6 +79,23 @@ final class BlockRig {
   func write(_ sector: UInt64, _ bytes: [UInt8], pieces: Int = 1) throws -> Exchange {
     try request(1, sector: sector, output: bytes, pieces: pieces)
   }
+  /// Makes a request available, without kicking: where its status will be.
+  func offer(_ type: UInt32, sector: UInt64 = 0, output: [UInt8] = [], queue: Int = 0) -> GuestAddress {
+    let header = front.allocate(16)
+    _ = front.memory.store(type, at: header)
+    _ = front.memory.store(UInt32(0), at: GuestAddress(header.rawValue + 4))
+    _ = front.memory.store(sector, at: GuestAddress(header.rawValue + 8))
+    let data = front.allocate(max(1, output.count))
+    _ = front.memory.copyIn(output, at: data)
+    let status = front.allocate(1, alignment: 1)
+    _ = front.memory.store(UInt8(0xAA), at: status)
+    var buffers = [DriverBuffer(header, 16, isDeviceWritable: false)]
+    if !output.isEmpty { buffers.append(DriverBuffer(data, UInt32(output.count), isDeviceWritable: false)) }
+    buffers.append(DriverBuffer(status, 1, isDeviceWritable: true))
+    front.queues[queue].add(buffers)
+    return status
+  }
+
   func flush() throws -> Exchange { try request(4) }
 
   /// Discard (11) or write-zeroes (13) of ranges.

@@ -130,4 +130,13 @@ import Testing
     let wait = limiter.wait(at: start.nanoseconds)
     #expect((900_000...1_100_000).contains(wait))
   }
+
+  @Test func theSlowestRateIsWaitedFor() throws {
+    let start = MonotonicTime(nanoseconds: 5_000_000_000)
+    let bucket = RateBucket(size: 1, refillTime: .seconds(86_400))
+    let limiter = try #require(RateLimiter(bytes: bucket, operations: nil, now: start))
+    limiter.took(byteCount: 1 << 30)
+    #expect(limiter.wait(at: start.nanoseconds) == 86_400_000_000_000)
+    #expect(!limiter.isOpen)
+  }
 }

@@ -128,10 +128,10 @@ final class LoopDisk {
     device = try Self.losetup(["-f", "--show", backing])
   }
 
-  init(over backing: String) throws {
+  init(over backing: String, sectorSize: Int = 512) throws {
     self.backing = backing
     ownsBacking = false
-    device = try Self.losetup(["-f", "--show", backing])
+    device = try Self.losetup(["-f", "--show", "-b", "\(sectorSize)", backing])
   }
 
   deinit {
@@ -159,4 +159,63 @@ final class LoopDisk {
     stat(backing, &status)
     return Int(status.st_blocks) * 512
   }
+}
+
+/// A file system of its own; it goes away with this.
+final class TemporaryMount {
+  let place = "/tmp/martlet-mount-" + UUID().uuidString
+
+  init(_ source: String, _ type: String, _ options: String = "") throws {
+    try FileManager.default.createDirectory(atPath: place, withIntermediateDirectories: true)
+    guard mount(source, place, type, 0, options) == 0 else {
+      let error = Errno.current
+      rmdir(place)
+      throw TestFailure("cannot mount \(source): \(error.explanation)")
+    }
+  }
+
+  deinit {
+    umount2(place, 2)
+    rmdir(place)
+  }
+}
+
+/// A block device of 8 MiB that has room for less than 2: what does not fit is lost when it is written out.
+final class FullStorage {
+  let loop: LoopDisk
+  private let memory: TemporaryMount
+
+  init() throws {
+    memory = try TemporaryMount("tmpfs", "tmpfs", "size=2m")
+    let backing = memory.place + "/disk"
+    guard FileManager.default.createFile(atPath: backing, contents: nil) else { throw TestFailure("no backing file") }
+    truncate(backing, 8 << 20)
+    loop = try LoopDisk(over: backing)
+  }
+}
+
+/// ext4 on a block device whose sectors have a size of their own.
+final class MountedDisk {
+  static let canRun = LoopDisk.canRun && access("/usr/sbin/mkfs.ext4", X_OK) == 0
+
+  var place: String { mounted.place }
+  private let mounted: TemporaryMount
+  private let loop: LoopDisk
+  private let backing: String
+
+  init(sectorSize: Int) throws {
+    backing = "/tmp/martlet-loop-" + UUID().uuidString
+    guard FileManager.default.createFile(atPath: backing, contents: nil) else { throw TestFailure("no backing file") }
+    truncate(backing, 64 << 20)
+    loop = try LoopDisk(over: backing, sectorSize: sectorSize)
+    let process = Process()
+    process.executableURL = URL(fileURLWithPath: "/usr/sbin/mkfs.ext4")
+    process.arguments = ["-q", loop.device]
+    try process.run()
+    process.waitUntilExit()
+    guard process.terminationStatus == 0 else { throw TestFailure("mkfs.ext4 failed") }
+    mounted = try TemporaryMount(loop.device, "ext4")
+  }
+
+  deinit { unlink(backing) }
 }

@@ -82,6 +82,60 @@ struct TroubleTests {
     #expect(try rig.flush().status == 0)
   }
 
+  /// The kernel tells of lost writes once per open file. Whoever of several is told, none of the others' flushes made anything stable.
+  @Test("Of flushes that are under way together none succeeds when data was lost", arguments: ways, [true, false])
+  func flushesTogether(way: String, hasTwoQueues: Bool) throws {
+    let full = try FullStorage()
+    let rig = try BlockRig(image: full.loop.device, queues: 2, arguments: [way])
+    for index in 0..<8 { #expect(try rig.write(UInt64(index) * 2048, pattern(1 << 20, UInt64(index))).status == 0) }
+    var statuses: [[GuestAddress]] = [[], []]
+    for index in 0..<8 {
+      let number = hasTwoQueues ? index % 2 : 0
+      statuses[number].append(rig.offer(4, queue: number))
+    }
+    for number in 0..<2 { if !statuses[number].isEmpty { rig.front.queues[number].show() } }
+    for number in 0..<2 { for _ in statuses[number] { _ = try rig.front.queues[number].nextUsed() } }
+    let answers = statuses.joined().map { rig.front.memory.load(UInt8.self, at: $0) }
+    #expect(answers == Array(repeating: 1, count: 8), "8 MiB were written and there is room for less than 2")
+    #expect(try rig.flush().status == 1)
+  }
+
+  @Test("Of writes without a cache that are under way together only those succeed whose data is there", arguments: ways)
+  func writesTogether(way: String) throws {
+    let full = try FullStorage()
+    let rig = try BlockRig(
+      image: full.loop.device, queues: 2, arguments: [way], wanting: { $0.subtracting([.packedRing, .blockFlush]) })
+    var statuses: [[GuestAddress]] = [[], []]
+    for index in 0..<8 {
+      statuses[index % 2].append(rig.offer(1, sector: UInt64(index) * 2048, output: pattern(1 << 20, UInt64(index)), queue: index % 2))
+    }
+    for number in 0..<2 { rig.front.queues[number].show() }
+    for number in 0..<2 { for _ in statuses[number] { _ = try rig.front.queues[number].nextUsed() } }
+    var failures = 0
+    let content = full.loop.content
+    for index in 0..<8 {
+      let status = rig.front.memory.load(UInt8.self, at: statuses[index % 2][index / 2])
+      if status != 0 { failures += 1 }
+      if status == 0 { check(Array(content[index << 20..<(index + 1) << 20]) == pattern(1 << 20, UInt64(index)), "write \(index)") }
+    }
+    #expect(failures >= 6)
+  }
+
+  @Test("A discard, a write of zeroes and a question for the name count as a request each", arguments: ways)
+  func everythingCounts(way: String) throws {
+    let rig = try BlockRig(arguments: [way, "--ops-size=5", "--ops-refill-time=500"])
+    let begin = MonotonicTime.now
+    for index in 0..<12 {
+      switch index % 3 {
+      case 0: #expect(try rig.ranges(11, [(0, 8, 0)]).status == 0)
+      case 1: #expect(try rig.ranges(13, [(0, 8, 0)]).status == 0)
+      default: #expect(try rig.request(8, inputCount: 20).status == 0)
+      }
+    }
+    // Twelve, of which five are there at once, at ten a second.
+    #expect(MonotonicTime.now.since(begin) >= .milliseconds(550))
+  }
+
   /// With io_uring Linux 6.18 brings wrong bytes itself here, as fio's own check shows too.
   @Test("Short transfers go on until they are whole", arguments: [[], ["--aio=threads"]])
   func shortTransfers(way: [String]) throws {
@@ -245,6 +299,53 @@ struct DeviceImageTests {
       #expect(rig.program.log.contains("BLKSECDISCARD, [4096, 8192]"), "\(rig.program.log)")
       #expect(try rig.read(0, 8).status == 0)
     }
+  }
+
+  @Test("A block device has one writer, whatever node it is opened by, and none while the host has it mounted")
+  func otherNodes() throws {
+    let disk = try LoopDisk(byteCount: 4 << 20)
+    let node = "/tmp/martlet-node-" + UUID().uuidString
+    let status = try OwnedFD.open(disk.device, O_RDONLY).status()
+    try #require(mknod(node, S_IFBLK | 0o600, dev_t(status.specialDevice)) == 0)
+    defer { unlink(node) }
+    do {
+      let rig = try BlockRig(image: disk.device)
+      #expect(try rig.read(0, 8).status == 0)
+      let second = try DeviceProcess("martlet-block", ["--blk-file=" + node])
+      #expect(second.exitCode() == 1)
+      #expect(second.log.contains("Disk image \(node) is in use by the host (as"), "\(second.log)")
+    }
+    do {
+      let rig = try BlockRig(image: node)
+      #expect(try rig.read(0, 8).status == 0)
+    }
+    let holder = try OwnedFD.open(disk.device, O_RDONLY | O_EXCL)
+    let mounted = try DeviceProcess("martlet-block", ["--blk-file=" + node])
+    #expect(mounted.exitCode() == 1, "\(mounted.log)")
+    let reader = try BlockRig(image: node, arguments: ["--read-only"])
+    #expect(try reader.read(0, 8).status == 0)
+    _ = consume holder
+  }
+
+  @Test("A file on storage of larger blocks has their size without the page cache", .enabled(if: MountedDisk.canRun, "Needs mkfs.ext4."))
+  func largeBlocks() throws {
+    let disk = try MountedDisk(sectorSize: 4096)
+    let image = disk.place + "/image"
+    _ = FileManager.default.createFile(atPath: image, contents: Data(pattern((1 << 20) + 512, 5)))
+    do {
+      let rig = try BlockRig(image: image, arguments: ["--direct"])
+      let space = BlockConfiguration(decoding: try rig.front.configuration(96))
+      #expect(space.blockSize == 4096 && space.capacity == 2048)
+      #expect(try rig.read(8, 8).data == Array(pattern((1 << 20) + 512, 5)[4096..<8192]))
+      #expect(try rig.write(2040, pattern(4096, 6)).status == 0)
+    }
+    do {
+      let rig = try BlockRig(image: image)
+      #expect(BlockConfiguration(decoding: try rig.front.configuration(96)).blockSize == 512)
+    }
+    let refused = try DeviceProcess("martlet-block", ["--blk-file=" + image, "--direct", "--block-size=512"])
+    #expect(refused.exitCode() == 2)
+    #expect(refused.log.contains("is smaller than the storage's own block of 4096 bytes"), "\(refused.log)")
   }
 
   @Test("A device whose storage is cut off gives errors, and goes on where it is whole", arguments: TroubleTests.ways)

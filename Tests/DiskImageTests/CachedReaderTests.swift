@@ -51,7 +51,7 @@ import Testing
       switch engine.copy(request(.read, offset, count)) {
       case .no: return false
       case .whole: return true
-      case .ifLongEnough: return engine.fileByteCount >= UInt64(offset + count)
+      case .ifLongEnough: return engine.wholeByteCount >= UInt64(offset + count)
       }
     }
   }

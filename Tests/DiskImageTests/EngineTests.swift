@@ -160,6 +160,37 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
   }
 }
 
+@Suite struct SyncGateTests {
+  @Test("One sync runs at a time, and the next is for all who came meanwhile")
+  func groups() throws {
+    let gate = SyncGate()
+    let (a, b) = (try SyncPort(), try SyncPort())
+    func letters(_ port: SyncPort) -> [UInt16: SyncPort.Letter] {
+      var all: [UInt16: SyncPort.Letter] = [:]
+      while let (slot, letter) = port.next() { all[slot] = letter }
+      return all
+    }
+    func isWoken(_ port: SyncPort) -> Bool { port.event.drain() > 0 }
+    #expect(gate.enter(a, 1))
+    #expect(!gate.enter(b, 2) && !gate.enter(a, 3) && !gate.enter(b, 4))
+    #expect(letters(a).isEmpty && letters(b).isEmpty)
+    // Nobody is answered by a sync that had begun before. Of those who wait the caller's own begins.
+    gate.leave(-5, from: a)
+    #expect(letters(a) == [3: .begin] && letters(b).isEmpty && !isWoken(a) && !isWoken(b))
+    #expect(!gate.enter(a, 5))
+    gate.leave(0, from: a)
+    #expect(letters(b) == [2: .ended(0), 4: .ended(0)] && isWoken(b))
+    #expect(letters(a) == [5: .begin])
+    #expect(!gate.enter(b, 6))
+    gate.leave(-5, from: a)
+    #expect(letters(a).isEmpty && letters(b) == [6: .begin] && isWoken(b))
+    gate.leave(0, from: b)
+    #expect(gate.enter(a, 7), "nobody waits, so the next begins at once")
+    gate.leave(0, from: nil)
+    #expect(gate.enter(b, 8))
+  }
+}
+
 @Suite struct OpeningTests {
   private func failure(_ body: () throws -> DiskImage) -> String {
     do {

@@ -31,6 +31,9 @@ public final class TestQueue {
     return head
   }
 
+  /// Adds a chain, to be shown later.
+  public func add(_ buffers: [DriverBuffer]) { _ = driver.add(buffers.span) }
+
   /// Shows what was added.
   public func show() { if driver.publish() { kick.signal() } }
 

@@ -35,6 +35,8 @@ int clinux_fcntl(int fd, int command, long argument);
 int clinux_ofd_lock(int fd, int kind);
 // The same over `length` bytes from `start` on; a length of 0 reaches as far as files can.
 int clinux_ofd_lock_range(int fd, int kind, int64_t start, int64_t length);
+// fcntl(F_OFD_GETLK): where a lock of another open file begins that this one would meet; -ENOENT if there is none.
+int64_t clinux_ofd_lock_find(int fd, int kind, int64_t start, int64_t length);
 int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
 // pipe2: reading end first.
 int clinux_pipe(int *ends, int flags);

@@ -149,7 +149,7 @@ private struct ScriptedEngine: StorageEngine, ~Copyable {
     default: .whole
     }
   }
-  var fileByteCount: UInt64 { stage.script.byte() & 3 == 0 ? 512 : image.byteCount }
+  var wholeByteCount: UInt64 { stage.script.byte() & 3 == 0 ? 512 : image.byteCount }
   mutating func wake(at time: MonotonicTime) { stage.events.append(.time) }
   mutating func watch(_ fd: CInt, token: Int) {}
   mutating func unwatch(_ fd: CInt, token: Int) {}

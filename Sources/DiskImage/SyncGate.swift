@@ -1,0 +1,75 @@
+import HostSystem
+import Synchronization
+
+/// Lets one sync of an image's file run at a time. The kernel tells of a lost write once per open file: of two syncs that are under way
+/// together one hears of it, and the other does not, though what was lost may be what it was to make stable. Who comes while one runs
+/// waits; the next one is for all who wait.
+package final class SyncGate: Sendable {
+  struct Waiter: Sendable {
+    let port: SyncPort
+    let slot: UInt16
+  }
+
+  private struct State {
+    var isBusy = false
+    /// For whom the running sync is, besides the one that leads it.
+    var group: [Waiter] = []
+    /// For whom the next one will be.
+    var waiting: [Waiter] = []
+  }
+
+  private let state = Mutex(State())
+
+  package init() {}
+
+  /// Whether the slot's sync is to begin now; else a letter says what is to be done.
+  package func enter(_ port: SyncPort, _ slot: UInt16) -> Bool {
+    state.withLock { state in
+      if state.isBusy {
+        state.waiting.append(Waiter(port: port, slot: slot))
+        return false
+      }
+      state.isBusy = true
+      return true
+    }
+  }
+
+  /// A sync that was to begin has ended, with zero or a negated errno. All it was for are told, and one of those who came meanwhile is
+  /// told to begin. Letters to `port` are left to the caller, who takes them at once.
+  package func leave(_ result: CInt, from port: SyncPort?) {
+    let (served, leader) = state.withLock { state -> ([Waiter], Waiter?) in
+      let served = state.group
+      state.group = state.waiting
+      state.waiting = []
+      // One of the caller's own needs nobody to be woken.
+      let place = state.group.firstIndex { $0.port === port } ?? state.group.indices.first
+      state.isBusy = place != nil
+      return (served, place.map { state.group.remove(at: $0) })
+    }
+    for waiter in served { waiter.port.post(.ended(result), to: waiter.slot, wakes: waiter.port !== port) }
+    if let leader { leader.port.post(.begin, to: leader.slot, wakes: leader.port !== port) }
+  }
+}
+
+/// Where an engine gets its letters from the gate.
+package final class SyncPort: Sendable {
+  package enum Letter: Sendable, Equatable {
+    /// The slot's sync is to begin.
+    case begin
+    /// It was part of another's, which has ended with zero or a negated errno.
+    case ended(CInt)
+  }
+
+  /// Readable when there may be letters.
+  package let event: EventFD
+  private let letters = Mutex<[(slot: UInt16, letter: Letter)]>([])
+
+  package init() throws(SystemError) { event = try EventFD() }
+
+  fileprivate func post(_ letter: Letter, to slot: UInt16, wakes: Bool) {
+    letters.withLock { $0.append((slot, letter)) }
+    if wakes { event.signal() }
+  }
+
+  package func next() -> (slot: UInt16, letter: Letter)? { letters.withLock { $0.popLast() } }
+}
