@@ -125,7 +125,7 @@ extension BackendServer where Device: ~Copyable {
       // What is asked for from now on has its turn after the next look at everybody else.
       again.removeAll(keepingCapacity: true)
       swap(&again, &context.queuesToServe)
-      let timeout = again.isEmpty ? connection.deadline.map { $0.since(.now) + .milliseconds(1) } : .zero
+      let timeout = again.isEmpty ? timeout(connection.deadline) : .zero
       try context.loop.wait(timeout: timeout) { token, readiness in events.append((token, readiness)) }
       for event in events {
         switch event.token {
@@ -144,6 +144,7 @@ extension BackendServer where Device: ~Copyable {
         }
       }
       for index in again where rings[index].isWithDevice && profile.kickWaiter == .loop { device.kicked(queue: index, &context) }
+      lookAtPolledRings()
       do { try connection.checkDeadline(now: .now) } catch { return ended(by: error) }
       if context.configurationHasChanged {
         context.configurationHasChanged = false
@@ -151,6 +152,13 @@ extension BackendServer where Device: ~Copyable {
       }
       if let why = context.endReason { return .failed(why) }
     }
+  }
+
+  /// How long there may be nothing to do.
+  private func timeout(_ deadline: MonotonicTime?) -> Duration? {
+    let ofMessage = deadline.map { $0.since(.now) + .milliseconds(1) }
+    guard let ofLook = nextLook?.since(.now) else { return ofMessage }
+    return ofMessage.map { min($0, ofLook) } ?? ofLook
   }
 
   /// Takes a signal; true if it asks for the end. SIGHUP: whatever the device stands on may have changed.

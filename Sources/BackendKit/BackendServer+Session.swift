@@ -65,12 +65,9 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
 
   mutating func startVring(_ setup: consuming VringSetup) throws(Refusal) {
     let ring = rings[setup.index]
-    guard let kick = setup.kick.take() else {
-      throw Refusal("ring \(setup.index) has no kick descriptor, and rings are not polled", .notSupported)
-    }
     let moved = try makeRing(setup.index, setup.layout, setup.features, base: setup.base)
-    ring.queue = DeviceQueue(index: setup.index, ring: moved, ports: ring.ports, kickFD: kick.rawValue)
-    ring.kick = EventFD(adopting: kick)
+    let number = ring.take(setup.kick.take())
+    ring.queue = DeviceQueue(index: setup.index, ring: moved, ports: ring.ports, kickFD: number)
     do {
       try ring.ports.replaceCall(setup.call)
       if let err = setup.err { try ring.ports.replaceError(err.fd) } else { try ring.ports.dropError() }
@@ -109,12 +106,10 @@ extension BackendServer: BackEndDelegate where Device: ~Copyable {
   }
 
   mutating func replaceKick(at index: Int, _ kick: consuming OwnedFD?) throws(Refusal) {
-    guard let kick = kick.take() else { throw Refusal("rings are not polled", .notSupported) }
     let ring = rings[index]
     try takeBack(ring)
     guard let old = ring.queue.take() else { throw Refusal("ring \(index) does not run") }
-    ring.queue = DeviceQueue(index: index, old, kickFD: kick.rawValue)
-    ring.kick = EventFD(adopting: kick)
+    ring.queue = DeviceQueue(index: index, old, kickFD: ring.take(kick))
     try handOver(ring)
   }
 

@@ -20,6 +20,8 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
   let inflightStore: InflightStore?
   var features: FeatureSet = []
   var hasWarnedOfUnsealed = false
+  /// When the rings are looked at for which the front end has given no kick; nil while there are none.
+  var nextLook: MonotonicTime?
   /// What a process that waits for its turn is called when that has come.
   var titleInService: String?
 
@@ -70,12 +72,25 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
     var isStarted = false
     var isEnabled = false
     var isWithDevice = false
+    /// There is no kick: the ring is looked at every `lookInterval`.
+    var isPolled = false
     /// Where the ring stood when it was last taken apart.
     var lastBase: UInt32 = 0
 
     init(index: Int, ports: QueuePorts) {
       self.index = index
       self.ports = ports
+    }
+
+    /// Takes the front end's kick; without one the ring is polled. The descriptor to wait for.
+    func take(_ kick: consuming OwnedFD?) -> CInt {
+      isPolled = true
+      self.kick = nil
+      guard let kick = kick.take() else { return ports.lookNumber }
+      isPolled = false
+      let number = kick.rawValue
+      self.kick = EventFD(adopting: kick)
+      return number
     }
   }
 
@@ -91,9 +106,10 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
       try device.start(queue, &context)
       ring.isWithDevice = true
       if profile.servesDisabledQueues { device.enabled(queue: ring.index, ring.isEnabled, &context) }
+      if ring.isPolled, nextLook == nil { nextLook = .now }
       guard profile.kickWaiter == .loop else { return }
       // Edges only: every kick is reported, and its counter never has to be read.
-      try context.loop.add(number: kickFD, for: [.readable, .edgeTriggered], token: .kick(queue: ring.index))
+      if !ring.isPolled { try context.loop.add(number: kickFD, for: [.readable, .edgeTriggered], token: .kick(queue: ring.index)) }
     } catch let error as BackendError {
       throw Refusal("the device cannot start queue \(ring.index): \(error)", .inputOutput)
     } catch {
@@ -145,6 +161,26 @@ struct BackendServer<Device: DeviceBackend & ~Copyable>: ~Copyable {
     ring.queue = nil
     ring.isStarted = false
     do { try ring.ports.replaceCall(nil) } catch { throw Refusal("\(error)", error.errno) }
+  }
+
+  // MARK: Polling
+
+  /// How often a ring without a kick is looked at: an idle one costs a thousand wake-ups a second and no more.
+  static var lookInterval: Duration { .milliseconds(1) }
+
+  /// Looks at the rings without a kick when it is time to.
+  mutating func lookAtPolledRings() {
+    guard let time = nextLook else { return }
+    let now = MonotonicTime.now
+    guard now >= time else { return }
+    nextLook = nil
+    for ring in rings where ring.isPolled && ring.isWithDevice {
+      nextLook = now.advanced(by: Self.lookInterval)
+      switch profile.kickWaiter {
+      case .loop: device.kicked(queue: ring.index, &context)
+      case .device: ring.ports.askForLook()
+      }
+    }
   }
 
   // MARK: Memory

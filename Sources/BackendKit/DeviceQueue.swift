@@ -14,7 +14,7 @@ import VirtioQueue
   /// Call, error notice and counters.
   public let ports: QueuePorts
   /// Readable when the driver kicked; valid from `start` to `stop`. Only devices with `KickWaiter.device` wait for it; its
-  /// counter need not be read.
+  /// counter need not be read. For a ring without a kick of the front end's it is readable whenever it is time to look.
   public let kickFD: CInt
 
   init(index: Int, ring: consuming Virtqueue, ports: QueuePorts, kickFD: CInt) {

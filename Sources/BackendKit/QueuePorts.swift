@@ -9,6 +9,8 @@ public final class QueuePorts: Sendable {
   private let errorPort: EventFD
   /// Where calls and errors go that nobody hears; made once, so that a process that serves makes no descriptors.
   private let nowhere: EventFD
+  /// The kick of a ring for which the front end gives none, made by the kit. For queues whose kicks the device waits for.
+  private let lookPort: EventFD?
   private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
   /// The thread that calls is the one that hears the front end. It must not wait in a call: a front end can make its eventfd
@@ -21,6 +23,7 @@ public final class QueuePorts: Sendable {
     callPort = try EventFD()
     errorPort = try EventFD()
     nowhere = try EventFD()
+    lookPort = isServedByLoop ? nil : try EventFD()
     self.counters = counters
   }
 
@@ -40,6 +43,17 @@ public final class QueuePorts: Sendable {
     if isFirst { errorPort.signalDistrusted() }
     return isFirst
   }
+
+  /// What a device that waits for kicks watches while the ring is polled.
+  var lookNumber: CInt {
+    switch lookPort {
+    case .some(let port): port.fd.rawValue
+    case .none: -1
+    }
+  }
+
+  /// Lets a device that waits for kicks look at its ring.
+  func askForLook() { lookPort?.signal() }
 
   /// A ring starts: what is broken from now on is news.
   func forgetError() { hasSignalledError.store(false, ordering: .relaxed) }

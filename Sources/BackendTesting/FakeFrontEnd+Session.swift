@@ -68,8 +68,14 @@ extension FakeFrontEnd {
           usedRing: user(shape.device.rawValue))))
     try send(.setVringCall(event), descriptors: [queue.call.fd.rawValue])
     try send(.setVringErr(event), descriptors: [queue.error.fd.rawValue])
-    try send(.setVringKick(event), descriptors: [queue.kick.fd.rawValue])
+    try kick(queue: index, polled: setup.isPolled)
     try send(.setVringEnable(VringState(index: UInt32(index), number: 1)))
+  }
+
+  /// Gives a queue its kick, or takes it away.
+  public func kick(queue index: Int, polled: Bool) throws(FakeFrontEndError) {
+    let event = VringEvent(index: UInt8(index), carriesDescriptor: !polled)
+    try send(.setVringKick(event), descriptors: polled ? [] : [queues[index].kick.fd.rawValue])
   }
 
   /// Stops a queue; where it stands.

@@ -29,6 +29,8 @@ public final class FakeFrontEnd {
     /// Features acknowledged, of those offered; nil for all of them.
     public var features: FeatureSet?
     public var memoryByteCount = 16 << 20
+    /// Rings get no kick descriptor: the device has to look at them by itself.
+    public var isPolled = false
     public init() {}
     public init(queueCount: Int = 1, queueSize: UInt16 = 64, features: FeatureSet? = nil) {
       self.queueCount = queueCount

@@ -49,8 +49,8 @@ public struct BackEndOffer: Sendable {
 ///
 /// It takes whole messages and produces replies; no I/O. Every request is checked here - exact size and descriptor count,
 /// gate, index, state, addresses against the memory table - so that the delegate gets owned, checked things only. What it
-/// refuses is acknowledged with a failure where the front end asked for an acknowledgement; else `handle` throws and the
-/// connection is to be closed. Whatever breaks the framing always throws.
+/// refuses is answered with a failure where the reply has a form for it, or the front end asked for an acknowledgement; else
+/// `handle` throws and the connection is to be closed. Whatever breaks the framing always throws.
 ///
 /// Ring geometry is frozen while a ring runs. A repeated message replaces what the one before left; nothing accumulates.
 @safe
@@ -152,11 +152,11 @@ public struct BackEndSession: ~Copyable {
         return OutgoingReply(header: reply.header(to: request.rawValue), payload: reply.payload, descriptor: descriptor)
       }
     } catch {
-      if request == .getConfig, error.leavesFramingIntact {
-        return OutgoingReply(
-          header: Reply.configRefused.header(to: request.rawValue), payload: [], descriptor: nil)
+      guard let code = error.acknowledgementCode else { throw error }
+      if case .always(let payload) = request.rules.reply, let reply = payload.failure(code) {
+        return OutgoingReply(header: reply.header(to: request.rawValue), payload: reply.payload, descriptor: nil)
       }
-      if let code = error.acknowledgementCode, let reply = acknowledgement(of: request, needsReply, code: code) { return reply }
+      if let reply = acknowledgement(of: request, needsReply, code: code) { return reply }
       throw error
     }
   }
@@ -186,6 +186,8 @@ public struct BackEndSession: ~Copyable {
     let request = message.request
     // DPDK's virtio-user says to the next back end what the one before did not live to hear: that its rings are to be off. They are.
     if case .setVringEnable(let state) = message, state.number == 0, features.isEmpty { return }
+    // Numbers without a value that would mean "not negotiated", and a wait for them has no other end.
+    if [.getQueueNum, .getMaxMemSlots, .getStatus].contains(request) { return }
     let isOpen =
       switch request.rules.gate {
       case .none, .protocolFeaturesOffered: true
@@ -227,6 +229,4 @@ extension VhostUserError {
     default: nil
     }
   }
-
-  var leavesFramingIntact: Bool { acknowledgementCode != nil }
 }

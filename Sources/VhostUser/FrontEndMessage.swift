@@ -110,8 +110,11 @@ extension FrontEndMessage {
       }
       self = .iotlb(entry)
     case .setVringEndian: self = .setVringEndian(try state("endian flag", 0...1))
-    case .getConfig: self = .getConfig(try Self.config(payload))
-    case .setConfig: self = .setConfig(try Self.config(payload))
+    case .getConfig: self = .getConfig(try ConfigMessage(decoding: payload))
+    case .setConfig:
+      let config = try ConfigMessage(decoding: payload)
+      guard !config.bytes.isEmpty else { throw .invalidValue(field: "config size", value: 0) }
+      self = .setConfig(config)
     case .createCryptoSession: self = .createCryptoSession(Array(payload))
     case .closeCryptoSession: self = .closeCryptoSession(try number())
     case .postcopyAdvise: self = try nothing(.postcopyAdvise)
@@ -135,13 +138,6 @@ extension FrontEndMessage {
     case .checkDeviceState: self = try nothing(.checkDeviceState)
     case .getShmemConfig: self = try nothing(.getShmemConfig)
     }
-  }
-
-  /// As a request a config message names at least one byte.
-  private static func config(_ payload: some Collection<UInt8>) throws(VhostUserError) -> ConfigMessage {
-    let config = try ConfigMessage(decoding: payload)
-    guard !config.bytes.isEmpty else { throw .invalidValue(field: "config size", value: 0) }
-    return config
   }
 
   public var request: FrontEndRequest {

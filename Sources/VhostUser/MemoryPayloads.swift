@@ -75,7 +75,7 @@ public struct RegionDescription: Equatable, Sendable {
   }
 }
 
-/// The whole memory table (`SET_MEM_TABLE`); one descriptor per region, in the same order.
+/// The whole memory table (`SET_MEM_TABLE`); one descriptor per region, in the same order. It may be empty.
 public struct RegionTable: Equatable, Sendable {
   /// What the specification allows, and what our front end sends.
   public static let baselineCount = 8
@@ -91,7 +91,7 @@ public struct RegionTable: Equatable, Sendable {
     var head = try WireReader(bytes.prefix(8), of: "memory table", exactly: 8)
     let count = head.u32()
     let padding = head.u32()
-    guard (1...UInt32(Self.maximumCount)).contains(count) else {
+    guard count <= UInt32(Self.maximumCount) else {
       throw .invalidValue(field: "region count", value: UInt64(count))
     }
     guard padding == 0 else { throw .invalidValue(field: "memory table padding", value: UInt64(padding)) }

@@ -75,6 +75,20 @@ public enum ReplyPayload: Equatable, Sendable {
   case deviceState
   case sharedMemory
   case crypto
+
+  /// How such a reply says that the request failed; nil where it has no form for that.
+  func failure(_ code: UInt64) -> Reply? {
+    switch self {
+    // Only numbers that are 0 for success: those that are values are always given.
+    case .number, .sharedObject: .number(code)
+    case .config: .configRefused
+    case .inflight: .inflight(InflightDescription(queueCount: 0, queueSize: 0))
+    case .descriptorOnly: .empty
+    case .deviceState: .number(code & 0xFF | 0x100)
+    case .sharedMemory: .sharedMemory(SharedMemoryConfiguration(sizes: []))
+    case .vringState, .log, .crypto: nil
+    }
+  }
 }
 
 extension FrontEndRequest {
@@ -84,7 +98,7 @@ extension FrontEndRequest {
     case .setFeatures: rules(.exactly(8))
     case .setOwner: rules(.exactly(0))
     case .resetOwner: rules(.exactly(0))
-    case .setMemTable: rules(.within(40...1288), .perRegion)
+    case .setMemTable: rules(.within(8...1288), .perRegion)
     case .setLogBase: rules(.either(8, 16), .withSharedLog, reply: .with(.logShmFD, .log))
     case .setLogFD: rules(.exactly(0), .one)
     case .setVringNum: rules(.exactly(8))
@@ -103,8 +117,8 @@ extension FrontEndRequest {
     case .setBackEndRequestFD: rules(.exactly(0), .one, gate: .feature(.backEndRequests))
     case .iotlb: rules(.exactly(32), reply: .always(.number), gate: .accessPlatform)
     case .setVringEndian: rules(.exactly(8), gate: .feature(.crossEndian))
-    case .getConfig: rules(.within(13...268), reply: .always(.config), gate: .feature(.config))
-    case .setConfig: rules(.within(13...268), gate: .feature(.config))
+    case .getConfig: rules(.within(12...268), reply: .always(.config), gate: .feature(.config))
+    case .setConfig: rules(.within(12...268), gate: .feature(.config))
     case .createCryptoSession:
       rules(.within(0...MessageHeader.maximumPayload), reply: .always(.crypto), gate: .feature(.cryptoSession))
     case .closeCryptoSession: rules(.exactly(8), gate: .feature(.cryptoSession))
