@@ -9,8 +9,6 @@ public final class QueuePorts: Sendable {
   private let errorPort: EventFD
   /// Where calls and errors go that nobody hears; made once, so that a process that serves makes no descriptors.
   private let nowhere: EventFD
-  /// The kick of a ring for which the front end gives none, made by the kit. For queues whose kicks the device waits for.
-  private let lookPort: EventFD?
   private let hasSignalledError = Atomic<Bool>(false)
   public let counters: QueueCounters
   /// The thread that calls is the one that hears the front end. It must not wait in a call: a front end can make its eventfd
@@ -23,7 +21,6 @@ public final class QueuePorts: Sendable {
     callPort = try EventFD()
     errorPort = try EventFD()
     nowhere = try EventFD()
-    lookPort = isServedByLoop ? nil : try EventFD()
     self.counters = counters
   }
 
@@ -44,16 +41,11 @@ public final class QueuePorts: Sendable {
     return isFirst
   }
 
-  /// What a device that waits for kicks watches while the ring is polled.
-  var lookNumber: CInt {
-    switch lookPort {
-    case .some(let port): port.fd.rawValue
-    case .none: -1
-    }
-  }
+  /// What a device that waits for kicks watches while the ring is polled. A call that nobody hears wakes it as well, to no harm.
+  var lookNumber: CInt { nowhere.fd.rawValue }
 
   /// Lets a device that waits for kicks look at its ring.
-  func askForLook() { lookPort?.signal() }
+  func askForLook() { nowhere.signal() }
 
   /// A ring starts: what is broken from now on is news.
   func forgetError() { hasSignalledError.store(false, ordering: .relaxed) }
