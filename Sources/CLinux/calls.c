@@ -67,8 +67,6 @@ int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking) {
 
 int clinux_tgkill(int process, int thread, int signal) { return result(syscall(SYS_tgkill, process, thread, signal)); }
 
-int clinux_gettid(void) { return (int)syscall(SYS_gettid); }
-
 int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data) {
   struct epoll_event event = {.events = events, .data = {.u64 = data}};
   return result(epoll_ctl(epoll, operation, fd, &event));

@@ -35,9 +35,11 @@ package enum CoreMessage: Equatable, Sendable {
       case fine = 0
       /// Possible, and worth knowing.
       case note
+      /// The guest would notice, or lose data.
       case refusal
     }
     package var verdict: Verdict
+    /// What was looked at.
     package var subject: String
     package var sentence: String
 
@@ -61,13 +63,6 @@ package enum CoreMessage: Equatable, Sendable {
     case crashed = 4
     /// The VM ended because the supervisor asked for it.
     case shutDown = 5
-
-    package var endsVM: Bool {
-      switch self {
-      case .reset, .panicked: false
-      case .resetEnded, .poweredOff, .crashed, .shutDown: true
-      }
-    }
   }
 
   /// Whose fault it was; decides the exit code of `martlet run`.

@@ -37,7 +37,6 @@ public struct Errno: Error, Hashable, Sendable, CustomStringConvertible {
   public static let timedOut = Errno(ETIMEDOUT)
   public static let notADirectory = Errno(ENOTDIR)
   public static let stale = Errno(ESTALE)
-  public static let outOfRange = Errno(ERANGE)
 
   /// The symbol, for example `ENOENT`.
   public var name: String {

@@ -11,8 +11,6 @@ public struct Readiness: OptionSet, Sendable {
   public static let error = Readiness(rawValue: 0x008)
   /// The peer closed; reported always.
   public static let hangUp = Readiness(rawValue: 0x010)
-  /// The peer shut down its writing half.
-  public static let peerShutDown = Readiness(rawValue: 0x2000)
   /// One report per edge (`EPOLLET`); only to be asked for.
   public static let edgeTriggered = Readiness(rawValue: 1 << 31)
 }

@@ -35,9 +35,6 @@ public struct HostThread: Sendable {
 
   /// Sends a signal to this thread (it must not have been joined).
   public func signal(_ number: CInt) { _ = pthread_kill(handle, number) }
-
-  /// The kernel's thread id of the caller.
-  public static var currentID: Int32 { clinux_gettid() }
 }
 
 private final class ThreadBody {

@@ -52,14 +52,12 @@ public enum Log {
   }
 }
 
-/// Lets a burst through and then counts what it held back: for log lines a guest or peer can cause.
+/// Lets a burst through and then holds back until its time is over: for log lines a guest or peer can cause.
 public struct RateLimit: Sendable {
   private let burst: Int
   private let interval: Duration
   private var used = 0
   private var windowStart = MonotonicTime(nanoseconds: 0)
-  /// Held back since the last time something was let through.
-  public private(set) var suppressed = 0
 
   public init(burst: Int = 10, per interval: Duration = .seconds(5)) {
     self.burst = burst
@@ -72,17 +70,8 @@ public struct RateLimit: Sendable {
       windowStart = now
       used = 0
     }
-    guard used < burst else {
-      suppressed += 1
-      return false
-    }
+    guard used < burst else { return false }
     used += 1
     return true
-  }
-
-  /// Takes the count of held-back events.
-  public mutating func takeSuppressed() -> Int {
-    defer { suppressed = 0 }
-    return suppressed
   }
 }

@@ -64,11 +64,6 @@ extension Machine {
     deviceLock.withLock { devices.slot(index)?.function }
   }
 
-  /// Where the guest finds the device, such as `00:01.0`.
-  package func busAddress(ofDevice index: Int) -> String {
-    deviceLock.withLock { devices.slot(index).map { PCIBus.name(of: $0.position) } ?? "" }
-  }
-
   // MARK: serial port
 
   /// Bytes that the guest has sent and nobody has taken. `body` says how many of them it took.

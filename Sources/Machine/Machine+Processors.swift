@@ -56,9 +56,6 @@ extension Machine {
     for processor in processors { processor.kick() }
   }
 
-  /// Whether no processor runs.
-  package var isPaused: Bool { control.isParked }
-
   /// Tells the guest's watchdogs about a pause. Only while all processors are paused.
   package func announcePause() {
     for processor in processors { processor.vcpu.announcePause() }

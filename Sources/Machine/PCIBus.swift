@@ -126,10 +126,4 @@ struct PCIBus: Sendable {
   func hasSiblings(_ position: Int) -> Bool {
     stride(from: position % 31 + 31, to: Self.capacity, by: 31).contains { occupants[$0] != nil }
   }
-
-  /// Bus address of a position as `device.function`, the way guests write it.
-  static func name(of position: Int) -> String {
-    let device = position % 31 + 1
-    return "00:" + (device < 16 ? "0" : "") + String(device, radix: 16) + "." + String(position / 31)
-  }
 }

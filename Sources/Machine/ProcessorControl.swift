@@ -88,7 +88,4 @@ final class ProcessorControl: Sendable {
       return counts.failure
     }
   }
-
-  /// Whether no processor runs at this moment.
-  var isParked: Bool { gate.withLock { counts.parked + counts.ended == processorCount } }
 }

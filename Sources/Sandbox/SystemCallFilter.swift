@@ -13,8 +13,6 @@ package struct SystemCallFilter: Equatable, Sendable {
   /// What happens to a call that no rule allows (SECCOMP_RET_...).
   package enum Refusal: UInt32, Sendable {
     case killProcess = 0x8000_0000
-    /// The call returns EPERM: for programs of others while their list is being learned.
-    case permissionDenied = 0x0005_0001
     /// The call is carried out and logged: to learn a list.
     case log = 0x7FFC_0000
   }

@@ -83,11 +83,7 @@ struct InflightRecorder: @unchecked Sendable {
     }
   }
 
-  // SAFETY (all four): offsets are header fields, or of an entry below `size`; the region was checked to have room for as many.
-  @inlinable @inline(__always)
-  func store8(_ offset: Int, _ value: UInt8, _ stores: inout some Stores) {
-    if stores.lives() { unsafe clinux_store_release_u8(base + offset, value) }
-  }
+  // SAFETY (all three): offsets are header fields, or of an entry below `size`; the region was checked to have room for as many.
   @inlinable @inline(__always)
   func store16(_ offset: Int, _ value: UInt16, _ stores: inout some Stores) {
     if stores.lives() { unsafe clinux_store_release_u16(base + offset, value) }

@@ -20,7 +20,6 @@ CLINUX_ATOMIC_ACCESS(u64, uint64_t)
 // The StoreLoad barrier of the virtqueue notification rules.
 static inline void clinux_fence_full(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline void clinux_fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
-static inline void clinux_fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
 static inline void clinux_pause(void) { __builtin_ia32_pause(); }
 
 #endif

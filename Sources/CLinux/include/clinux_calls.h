@@ -46,7 +46,6 @@ int clinux_pidfd_send_signal(int pidfd, int signal);
 // waitid(P_PIDFD, WEXITED|WNOHANG): 1 = ended (code and status filled), 0 = still running, -errno.
 int clinux_pidfd_wait(int pidfd, int *code, int *status, int blocking);
 int clinux_tgkill(int process, int thread, int signal);
-int clinux_gettid(void);
 int clinux_epoll_ctl(int epoll, int operation, int fd, uint32_t events, uint64_t data);
 // fstat(2) by its own number; glibc makes newfstatat of it.
 int clinux_fstat(int fd, struct stat *status);

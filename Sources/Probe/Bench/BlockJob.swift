@@ -33,7 +33,6 @@ package struct BlockJob: Sendable {
   var isPacked = false
   var hasEventIndex = true
   var recordsInflight = false
-  var usesIndirect = false
   var seed: UInt64 = 1
   var countsSystemCalls = true
 

@@ -64,7 +64,6 @@ package enum NBDWire {
 
   /// Chunks of structured replies.
   static let chunkDone: UInt16 = 1
-  static let chunkNone: UInt16 = 0
   static let chunkData: UInt16 = 1
   static let chunkError: UInt16 = 0x8001
 

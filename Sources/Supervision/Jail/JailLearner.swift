@@ -8,7 +8,6 @@ import Sandbox
 final class JailLearner {
   private static let runToCall: CInt = 24  // PTRACE_SYSCALL
   private static let setOptions: CInt = 0x4200
-  private static let eventMessage: CInt = 0x4201
   /// TRACESYSGOOD, FORK, VFORK, CLONE, EXEC, EXITKILL
   private static let options: UInt = 1 | 2 | 4 | 8 | 16 | 0x10_0000
 
