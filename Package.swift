@@ -71,7 +71,7 @@ let layer3: [Target] = [
 
 let layer4: [Target] = [
   module("BackendKit", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioQueue", "Sandbox"]),
-  module("FrontEnd", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "VirtioTransport"]),
+  module("FrontEnd", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "VhostUser", "ControlProtocol", "VirtioTransport"]),
   module("Supervision", ["CLinux", "CSandbox", "HostSystem", "VirtioSpec", "Sandbox", "ControlProtocol"]),
   module("Machine", ["CLinux", "HostSystem", "VirtioSpec", "VMMemory", "KVM", "VirtioTransport", "Boot"]),
 ]

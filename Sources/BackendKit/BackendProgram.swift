@@ -140,13 +140,7 @@ public struct BackendProgram: Sendable {
       try ready.announce()
       Log.info("Serving")
       return try server.run(entrance, signals)
-    } catch let error as BackendError {
-      throw error
-    } catch let error as SystemError {
-      throw .system(error)
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 
   /// Serves one front end on the calling thread until it leaves: no options, no walls, no signals. For tests of a device.
@@ -160,13 +154,7 @@ public struct BackendProgram: Sendable {
       try device.prepare(&context)
       var server = try BackendServer(device, context, allowsUnsealedMemory: true)
       guard try server.run(.connected(socket), never.fd) == 0 else { throw BackendError.device("The device or its front end failed") }
-    } catch let error as BackendError {
-      throw error
-    } catch let error as SystemError {
-      throw .system(error)
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 
   /// As above, for a device that answers one chain after another.

@@ -20,13 +20,7 @@ enum Entrance: ~Copyable {
       case .listen(let path): self = .listening(try UnixSocket.listen(at: path), path: path)
       case nil: throw BackendError.noConnection
       }
-    } catch let error as BackendError {
-      throw error
-    } catch let error as SystemError {
-      throw .system(error)
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 
   private static func isListening(_ fd: borrowing OwnedFD) -> Bool {

@@ -1,28 +1,11 @@
+import ControlProtocol
 import VhostUser
 import VirtioSpec
 
 /// Whether another back end could do for a running guest what the present one does: one finding for each thing that matters.
 /// Nothing is changed by looking.
 package struct ReplacementCheck {
-  package struct Finding: Equatable, Sendable {
-    package enum Verdict: UInt8, Sendable {
-      case fine
-      /// Possible, and worth knowing.
-      case note
-      /// The guest would notice, or lose data.
-      case refusal
-    }
-    package var verdict: Verdict
-    /// What was looked at.
-    package var subject: String
-    package var sentence: String
-
-    package init(_ verdict: Verdict, _ subject: String, _ sentence: String) {
-      self.verdict = verdict
-      self.subject = subject
-      self.sentence = sentence
-    }
-  }
+  package typealias Finding = CoreMessage.Finding
 
   let device: DeviceID
   /// What the driver has agreed to and back ends have to carry; empty without a driver.

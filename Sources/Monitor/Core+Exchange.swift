@@ -60,11 +60,7 @@ extension Core {
     case .examined(let findings):
       if device.frontEnd.candidateNumber == nil { closeCandidate(device) }
       guard let sequence = device.exchangeSequence.take() else { break }
-      answer(
-        .examined(
-          findings.map { finding in
-            .init(.init(rawValue: finding.verdict.rawValue) ?? .refusal, finding.subject, finding.sentence)
-          }), sequence)
+      answer(.examined(findings), sequence)
     case .exchangeFailed(let sentence):
       closeCandidate(device)
       Log.info("Device \(device.assignment.id): another back end did not take over: \(sentence)")

@@ -149,7 +149,7 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
       counts = LaneCounts()
       if idleSince != 0 { idleSince = clinux_cycles() }
     }
-    let moved = isStanding ? takeUsedStanding() : takeUsed()
+    let moved = isStanding ? takeUsed(standing: true) : takeUsed(standing: false)
     guard phase < 2 else {
       isMeasured = false
       return moved
@@ -182,38 +182,17 @@ struct BlockLane: ~Copyable, BenchLane, @unchecked Sendable {
   }
 
   @inline(__always)
-  private mutating func takeUsed() -> Bool {
+  private mutating func takeUsed(standing: Bool) -> Bool {
     var taken = 0
     var now: UInt64 = 0
     // Bounded: no more than `depth` requests are outstanding.
     while taken <= job.depth {
-      switch ring.queue.nextUsed() {
+      switch standing ? ring.queue.nextUsedStanding() : ring.queue.nextUsed() {
       case .used(let head, _):
         if taken == 0 { now = busy() }
         taken += 1
         // SAFETY: heads are below 32768.
-        unsafe finish(Int(slotOfHead[Int(head)]), now)
-      case .empty:
-        return report(taken, now)
-      case .broken:
-        isBroken = true
-        return false
-      }
-    }
-    return report(taken, now)
-  }
-
-  @inline(__always)
-  private mutating func takeUsedStanding() -> Bool {
-    var taken = 0
-    var now: UInt64 = 0
-    // Bounded: no more than `depth` requests are outstanding.
-    while taken <= job.depth {
-      switch ring.queue.nextUsedStanding() {
-      case .used(let head, _):
-        if taken == 0 { now = busy() }
-        taken += 1
-        finish(Int(head) / 3, now)
+        finish(standing ? Int(head) / 3 : unsafe Int(slotOfHead[Int(head)]), now)
       case .empty:
         return report(taken, now)
       case .broken:

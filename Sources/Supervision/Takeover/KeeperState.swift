@@ -33,9 +33,7 @@ struct KeeperState: HandedOnState {
   var ends: [End] = []
 
   func encode() -> [UInt8] {
-    var writer = WireWriter()
-    writer.number(Self.magic)
-    writer.number(Self.version)
+    var writer = Self.begin()
     writer.texts(arguments)
     writer.number(userID)
     writer.text(mode.rawValue)

@@ -6,11 +6,25 @@ protocol HandedOnState {
   static var version: UInt16 { get }
   /// Bytes; more are not looked at.
   static var limit: Int { get }
-  /// Reads what follows the version.
+  /// Looks at what else must be the same on both sides, right behind the version.
+  static func checkHead(_ reader: inout WireReader) throws(StateError)
+  /// Reads what follows.
   init(from reader: inout WireReader) throws(MessageError)
 }
 
 extension HandedOnState {
+  /// What every state begins with.
+  static func begin() -> WireWriter {
+    var writer = WireWriter()
+    writer.number(magic)
+    writer.number(version)
+    return writer
+  }
+
+  static func checkHead(_ reader: inout WireReader) throws(StateError) {}
+
+  /// Reads a state as what it is, somebody else's bytes. What begins it never changes its place, so that every version can say what
+  /// it was given.
   static func decode(_ bytes: [UInt8]) throws(StateError) -> Self {
     guard bytes.count <= limit else { throw .broken(.tooLong(byteCount: bytes.count)) }
     var reader = WireReader(bytes)
@@ -18,6 +32,7 @@ extension HandedOnState {
     do throws(MessageError) { head = (try reader.number(), try reader.number()) } catch { throw .broken(error) }
     guard head.magic == magic else { throw .broken(.badField("magic")) }
     guard head.version == version else { throw .version(head.version) }
+    try checkHead(&reader)
     do throws(MessageError) {
       let state = try Self(from: &reader)
       try reader.finish()

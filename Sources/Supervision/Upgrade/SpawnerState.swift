@@ -124,9 +124,7 @@ struct SpawnerState: HandedOnState {
   var storage: [Storage] = []
 
   func encode() -> [UInt8] {
-    var writer = WireWriter()
-    writer.number(Self.magic)
-    writer.number(Self.version)
+    var writer = Self.begin()
     writer.texts(arguments)
     writer.changes(changes)
     writer.extraArguments(extraArguments)

@@ -4,7 +4,7 @@ import Sandbox
 
 /// Everything the supervisor knows of its VM, as the program that takes its place gets it (protocol/upgrade.md). Descriptors
 /// are numbers here; whoever reads a state owns them.
-struct SupervisorState: Equatable {
+struct SupervisorState: HandedOnState, Equatable {
   /// Raised whenever the state changes its shape, or that of a keeper does.
   static let version: UInt16 = 3
   /// "MLUP"
@@ -231,9 +231,7 @@ struct SupervisorState: Equatable {
 
 extension SupervisorState {
   func encode() -> [UInt8] {
-    var writer = WireWriter()
-    writer.number(Self.magic)
-    writer.number(Self.version)
+    var writer = Self.begin()
     writer.number(Wire.version)
     writer.rules(rules)
     writer.texts(arguments)
@@ -347,24 +345,13 @@ extension SupervisorState {
     return writer.bytes
   }
 
-  /// Reads a state as what it is, somebody else's bytes.
-  static func decode(_ bytes: [UInt8]) throws(StateError) -> SupervisorState {
-    guard bytes.count <= limit else { throw .broken(.tooLong(byteCount: bytes.count)) }
-    var reader = WireReader(bytes)
-    // These fields never change their place, so that every version can say what it was given.
-    let head: (magic: UInt32, version: UInt16, core: UInt16)
-    do throws(MessageError) { head = (try reader.number(), try reader.number(), try reader.number()) } catch { throw .broken(error) }
-    guard head.magic == magic else { throw .broken(.badField("magic")) }
-    guard head.version == version else { throw .version(head.version) }
-    guard head.core == Wire.version else { throw .coreVersion(head.core) }
-    do throws(MessageError) {
-      let state = try SupervisorState(from: &reader)
-      try reader.finish()
-      return state
-    } catch { throw .broken(error) }
+  static func checkHead(_ reader: inout WireReader) throws(StateError) {
+    let core: UInt16
+    do throws(MessageError) { core = try reader.number() } catch { throw .broken(error) }
+    guard core == Wire.version else { throw .coreVersion(core) }
   }
 
-  private init(from reader: inout WireReader) throws(MessageError) {
+  init(from reader: inout WireReader) throws(MessageError) {
     rules = try reader.rules("rules")
     arguments = try reader.texts("arguments", limit: 1024)
     changes = try reader.changes()
