@@ -97,7 +97,7 @@ import Testing
     "blk0": Declared(
       limits: ["core file size": 0, "msgqueue size": 0, "realtime priority": 0, "open files": 1024, "processes": 49],
       files: [
-        "null": 2, "pipe": 1, "socket": 2, "disk.img": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 6, "[io_uring]": 1,
+        "null": 2, "pipe": 1, "socket": 2, "disk.img": 1, "[signalfd]": 1, "[eventpoll]": 1, "[eventfd]": 7, "[io_uring]": 1,
         "memfd:inflight (deleted)": 1,
       ], maps: ["anon_inode:[io_uring]", "memfd:inflight (deleted)", "memfd:statistics (deleted)"]),
     "net0": Declared(
