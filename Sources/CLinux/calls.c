@@ -205,6 +205,14 @@ int64_t clinux_file_size(int fd) {
   return statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &status) == 0 ? (int64_t)status.stx_size : -(int64_t)errno;
 }
 
+int clinux_direct_unit(int fd) {
+  // struct statx of linux/stat.h, which is older here than the kernels: stx_mask is its first word, stx_dio_offset_align its 40th.
+  uint32_t status[64] = {0};
+  const unsigned mask = 0x2000;  // STATX_DIOALIGN, since Linux 6.1
+  if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, mask, status) < 0) return -errno;
+  return status[0] & mask ? (int)status[39] : -ENOSYS;
+}
+
 long clinux_file_system(int fd) {
   struct statfs system;
   return fstatfs(fd, &system) == 0 ? (long)system.f_type : -(long)errno;

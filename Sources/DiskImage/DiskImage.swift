@@ -318,8 +318,10 @@ package final class DiskImage: Sendable {
     return facts
   }
 
-  /// The least that the storage of a file transfers past the page cache, by what it lets us read: 512, or as many bytes as a block of it.
+  /// The least that the storage of a file transfers past the page cache, as it says, or else by what it lets us read.
   private static func directUnit(_ fd: borrowing OwnedFD, _ name: String) throws(DiskImageError) -> Int {
+    let told = Int(clinux_direct_unit(fd.rawValue))
+    if (1...65536).contains(told), told & (told - 1) == 0 { return max(512, told) }
     var memory: UnsafeMutableRawPointer?
     // SAFETY: `memory` is ours, and has room for the greatest unit.
     guard unsafe posix_memalign(&memory, 65536, 65536) == 0, let buffer = unsafe memory else { throw .cannotOpen(name, .noMemory) }

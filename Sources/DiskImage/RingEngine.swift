@@ -62,7 +62,8 @@ package struct RingEngine: StorageEngine, ~Copyable {
     let port: SyncPort
     let ends = image.canLoseItsEnd && !image.isReadOnly ? WriteEnds(depth: depth) : nil
     do throws(SystemError) {
-      port = try SyncPort()
+      port = try SyncPort(depth: depth)
+      image.gate.reserve(depth)
       if image.takesControl {
         let pool = try unsafe CallPool(image, port, ends, slots, depth: depth)
         callThread = try pool.start(threadCount: 1).first

@@ -22,6 +22,15 @@ package final class SyncGate: Sendable {
 
   package init() {}
 
+  /// Makes room for the slots of one more engine, so that none is made while it works.
+  func reserve(_ depth: Int) {
+    state.withLock { state in
+      let count = max(state.group.capacity, state.waiting.capacity) + depth
+      state.group.reserveCapacity(count)
+      state.waiting.reserveCapacity(count)
+    }
+  }
+
   /// Whether the slot's sync is to begin now; else a letter says what is to be done.
   package func enter(_ port: SyncPort, _ slot: UInt16) -> Bool {
     state.withLock { state in
@@ -37,17 +46,18 @@ package final class SyncGate: Sendable {
   /// A sync that was to begin has ended, with zero or a negated errno. All it was for are told, and one of those who came meanwhile is
   /// told to begin. Letters to `port` are left to the caller, who takes them at once.
   package func leave(_ result: CInt, from port: SyncPort?) {
-    let (served, leader) = state.withLock { state -> ([Waiter], Waiter?) in
-      let served = state.group
-      state.group = state.waiting
-      state.waiting = []
+    state.withLock { state in
+      for waiter in state.group { waiter.port.post(.ended(result), to: waiter.slot, wakes: waiter.port !== port) }
+      state.group.removeAll(keepingCapacity: true)
+      swap(&state.group, &state.waiting)
       // One of the caller's own needs nobody to be woken.
-      let place = state.group.firstIndex { $0.port === port } ?? state.group.indices.first
-      state.isBusy = place != nil
-      return (served, place.map { state.group.remove(at: $0) })
+      guard let place = state.group.firstIndex(where: { $0.port === port }) ?? state.group.indices.first else {
+        state.isBusy = false
+        return
+      }
+      let leader = state.group.remove(at: place)
+      leader.port.post(.begin, to: leader.slot, wakes: leader.port !== port)
     }
-    for waiter in served { waiter.port.post(.ended(result), to: waiter.slot, wakes: waiter.port !== port) }
-    if let leader { leader.port.post(.begin, to: leader.slot, wakes: leader.port !== port) }
   }
 }
 
@@ -64,7 +74,10 @@ package final class SyncPort: Sendable {
   package let event: EventFD
   private let letters = Mutex<[(slot: UInt16, letter: Letter)]>([])
 
-  package init() throws(SystemError) { event = try EventFD() }
+  package init(depth: Int) throws(SystemError) {
+    event = try EventFD()
+    letters.withLock { $0.reserveCapacity(depth) }
+  }
 
   fileprivate func post(_ letter: Letter, to slot: UInt16, wakes: Bool) {
     letters.withLock { $0.append((slot, letter)) }

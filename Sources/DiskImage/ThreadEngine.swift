@@ -35,7 +35,8 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
     let port: SyncPort
     let ends = image.canLoseItsEnd && !image.isReadOnly ? WriteEnds(depth: depth) : nil
     do throws(SystemError) {
-      port = try SyncPort()
+      port = try SyncPort(depth: depth)
+      image.gate.reserve(depth)
       pool = try unsafe CallPool(image, port, ends, slots, depth: depth)
       threads = try pool.start(threadCount: threadCount)
     } catch {

@@ -14,6 +14,10 @@ struct ModelCase: CustomTestStringConvertible, Sendable {
   var queueSize: UInt16 = 64
   var without: FeatureSet = [.packedRing]
   var usesIndirect = false
+  /// Sectors of a block: ranges are whole blocks.
+  var unit = 1
+  /// The image lies on a file system whose device has sectors as large as a block.
+  var isOnLargeSectors = false
   var seed: UInt64
   var testDescription: String { name }
 
@@ -28,6 +32,11 @@ struct ModelCase: CustomTestStringConvertible, Sendable {
     ModelCase(name: "write-through, no flush", without: [.packedRing, .blockFlush], usesIndirect: true, seed: 8),
     ModelCase(name: "direct access", arguments: ["--direct"], usesIndirect: true, seed: 9),
     ModelCase(name: "smallest ring", queueSize: 8, seed: 10),
+    ModelCase(name: "blocks of 4096", arguments: ["--block-size=4096"], usesIndirect: true, unit: 8, seed: 13),
+    ModelCase(
+      name: "direct access to sectors of 4096", arguments: ["--direct"], usesIndirect: true, unit: 8, isOnLargeSectors: true, seed: 14),
+    ModelCase(
+      name: "the same with ordinary calls", arguments: ["--direct", "--aio=threads"], unit: 8, isOnLargeSectors: true, seed: 15),
   ]
 }
 
@@ -54,11 +63,19 @@ private final class ModelDriver {
   var free: [[(header: GuestAddress, data: GuestAddress)]]
   static let dataByteCount = 96 << 10
 
+  private let mounted: MountedDisk?
+
   init(_ test: ModelCase) throws {
     self.test = test
     random = SeededRandom(test.seed)
+    mounted = test.isOnLargeSectors ? try MountedDisk(sectorSize: 4096) : nil
+    let image = mounted.map { $0.place + "/image" }
+    if let image {
+      guard FileManager.default.createFile(atPath: image, contents: nil) else { throw TestFailure("no image") }
+      truncate(image, Self.sectors * 512)
+    }
     rig = try BlockRig(
-      sectors: Self.sectors, queues: test.queues, queueSize: test.queueSize, arguments: test.arguments,
+      sectors: Self.sectors, image: image, queues: test.queues, queueSize: test.queueSize, arguments: test.arguments,
       wanting: { $0.subtracting(test.without) })
     pending = Array(repeating: [:], count: test.queues)
     free = []
@@ -72,8 +89,8 @@ private final class ModelDriver {
   /// A range nobody works on.
   func range(upTo limit: Int) -> (first: Int, count: Int)? {
     for _ in 0..<20 {
-      let count = Int.random(in: 1...limit, using: &random)
-      let first = Int.random(in: 0...(Self.sectors - count), using: &random)
+      let count = Int.random(in: 1...limit / test.unit, using: &random) * test.unit
+      let first = Int.random(in: 0...(Self.sectors - count) / test.unit, using: &random) * test.unit
       if !busy[first..<(first + count)].contains(true) { return (first, count) }
     }
     return nil
@@ -185,12 +202,14 @@ private final class ModelDriver {
 @Suite struct ModelTests {
   @Test(arguments: ModelCase.all)
   func randomRequestsAgreeWithAModelOfTheDisk(_ test: ModelCase) throws {
+    guard !test.isOnLargeSectors || MountedDisk.canRun else { return }
     let driver: ModelDriver
     do { driver = try ModelDriver(test) } catch let failure as TestFailure {
       // A file system without direct access cannot be tested for it.
       if test.name == "direct access", failure.description.contains("without the page cache") { return }
       throw failure
     }
+    #expect(BlockConfiguration(decoding: try driver.rig.front.configuration(96)).blockSize == UInt32(test.unit * 512))
     try driver.run(3000)
     check(driver.rig.content == driver.model, "the image is the model in the end")
   }

@@ -164,7 +164,7 @@ private func keepsItsPromises<Engine: StorageEngine & ~Copyable>(
   @Test("One sync runs at a time, and the next is for all who came meanwhile")
   func groups() throws {
     let gate = SyncGate()
-    let (a, b) = (try SyncPort(), try SyncPort())
+    let (a, b) = (try SyncPort(depth: 8), try SyncPort(depth: 8))
     func letters(_ port: SyncPort) -> [UInt16: SyncPort.Letter] {
       var all: [UInt16: SyncPort.Letter] = [:]
       while let (slot, letter) = port.next() { all[slot] = letter }

@@ -59,6 +59,8 @@ int clinux_accept(int listener);
 int clinux_accept_nonblocking(int listener);
 // st_size of fstat(2), or -errno.
 int64_t clinux_file_size(int fd);
+// The unit of offsets and lengths past the page cache (STATX_DIOALIGN), 0 where there is no such access, -ENOSYS where nobody says.
+int clinux_direct_unit(int fd);
 // f_type of fstatfs(2), or -errno.
 long clinux_file_system(int fd);
 // fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)

@@ -14,16 +14,18 @@ vd=/dev/$(disk work)
 equal queues {queues} $(ls -d /sys/block/${{vd##*/}}/mq/* | wc -l)
 bits=$(cat /sys/block/${{vd##*/}}/device/features)
 equal layout {bits} $(echo $bits | cut -c35)$(echo $bits | cut -c30)$(echo $bits | cut -c29)
-succeeds {name} tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=32 --size=16m \\
+succeeds {name} tool fio --name=v --filename=$vd --rw=randrw --bsrange={least}-128k --ioengine=libaio --direct=1 --iodepth=32 --size=16m \\
   --verify=crc32c --verify_fatal=1 --verify_backlog=64 --fsync=500 --loops=1 --thread --eta=never
 """
 
 # Name, queues, their size, keys of the disk, and which of packed ring, event indices and indirect tables the driver has then.
 SPLIT = [("one queue of 256", 1, 256, ",packed=off", "011"), ("two of 16, no event indices", 2, 16, ",packed=off,event_idx=off", "001"),
          ("two of 1024, direct", 2, 1024, ",packed=off,direct=on", "011"),
-         ("two of 128, no tables, no mapping, no looking", 2, 128, ",packed=off,indirect_desc=off,cache_map=off,poll=off", "010")]
+         ("two of 128, no tables, no mapping, no looking", 2, 128, ",packed=off,indirect_desc=off,cache_map=off,poll=off", "010"),
+         ("one of 64, neither, blocks of 4096", 1, 64, ",packed=off,event_idx=off,indirect_desc=off,block_size=4096", "000")]
 PACKED = [("one queue of 256, threads", 1, 256, ",aio=threads", "111"), ("two of 16, no event indices", 2, 16, ",event_idx=off", "101"),
-          ("two of 1024, direct", 2, 1024, ",direct=on", "111"), ("two of 128, no tables, no event indices", 2, 128, ",event_idx=off,indirect_desc=off", "100")]
+          ("two of 1024, direct", 2, 1024, ",direct=on", "111"), ("two of 128, no tables, no event indices", 2, 128, ",event_idx=off,indirect_desc=off", "100"),
+          ("one of 64, no tables, blocks of 4096", 1, 64, ",indirect_desc=off,block_size=4096", "110")]
 
 
 def verify(trial, layouts):
@@ -36,8 +38,9 @@ def verify(trial, layouts):
             except OSError:
                 keys, note = keys.replace(",direct=on", ""), "without direct access, which this file system has not"
         disk = Disk(image, serial="work", keys=f",num_queues={queues},queue_size={size}{keys}")
-        trial.run(TOOLS + VERIFY.format(queues=queues, name=f"fio{number}", bits=bits), f"queues layout fio{number}", 120, disks=[disk, trial.tools()],
-                  cpus=2)
+        least = 4096 if "block_size" in keys else 512
+        trial.run(TOOLS + VERIFY.format(queues=queues, name=f"fio{number}", bits=bits, least=least), f"queues layout fio{number}", 120,
+                  disks=[disk, trial.tools()], cpus=2)
     return note
 
 
@@ -158,7 +161,7 @@ def disk_vanishes(trial):
 
 
 NFS = TOOLS + """
-for name in ring calls; do
+for name in ring calls cached; do
   vd=/dev/$(disk $name)
   succeeds fio-$name tool fio --name=v --filename=$vd --rw=randrw --bsrange=512-128k --ioengine=libaio --direct=1 --iodepth=16 --size=6m \\
     --verify=crc32c --verify_fatal=1 --verify_backlog=32 --fsync=100 --thread --eta=never
@@ -235,7 +238,7 @@ def disk_nfs(trial):
     try:
         server.serve()
         images = {}
-        for name in ("ring", "calls"):
+        for name in ("ring", "calls", "cached"):
             images[name] = server.place / f"{name}.img"
             with open(images[name], "wb") as file:
                 file.truncate(8 << 20)
@@ -248,9 +251,9 @@ def disk_nfs(trial):
                                     capture_output=True, text=True, timeout=60)
             server.spoil()
 
-        trial.run(NFS, "fio-ring fio-calls read-ring write-ring read-calls write-calls", 230, cpus=2, meanwhile=meanwhile, disks=[
+        trial.run(NFS, "fio-ring fio-calls fio-cached read-ring write-ring read-calls write-calls", 230, cpus=2, meanwhile=meanwhile, disks=[
             Disk(images["ring"], serial="ring", keys=",aio=io_uring,direct=on"), Disk(images["calls"], serial="calls", keys=",aio=threads,direct=on"),
-            trial.tools()])
+            Disk(images["cached"], serial="cached"), trial.tools()])
         if second is None or second.returncode != 1 or "is in use by" not in second.stderr:
             raise Failure(f"a second user was not refused: {second}")
         log = (trial.place / "stderr").read_text(errors="replace")
@@ -262,8 +265,10 @@ def disk_nfs(trial):
 
 RESIZE = """
 vd=$(disk grow)
+dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null
 echo MARTLET-READY
 (while [ ! -e /tmp/stop ]; do dd if=/dev/$vd of=/dev/null bs=64k count=32 iflag=direct 2>/dev/null || echo bad >/tmp/bad; done) &
+(while [ ! -e /tmp/stop ]; do dd if=/tmp/data of=/dev/$vd bs=64k seek=64 oflag=direct conv=notrunc 2>/dev/null || echo bad >/tmp/bad; done) &
 n=0
 while [ "$(cat /sys/block/$vd/size)" != 65536 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
 equal grown 65536 "$(cat /sys/block/$vd/size)"
@@ -275,10 +280,11 @@ equal shrunk 16384 "$(cat /sys/block/$vd/size)"
 touch /tmp/stop
 wait
 equal load none "$(cat /tmp/bad 2>/dev/null || echo none)"
+equal written "$(md5sum </tmp/data)" "$(dd if=/dev/$vd bs=64k skip=64 count=16 iflag=direct 2>/dev/null | md5sum)"
 """
 
 
-@scenario("a disk grows and shrinks while the guest reads it", 150)
+@scenario("a disk grows and shrinks while the guest reads and writes it", 150)
 def disk_resize(trial):
     if trial.vmm.name != "martlet":
         raise Skip("needs martlet ctl")
@@ -293,7 +299,7 @@ def disk_resize(trial):
         if not sum(queue["requests"] for queue in stats["devices"][0]["queues"]):
             raise Failure(f"nothing was counted: {stats}")
 
-    trial.run(RESIZE, "grown end shrunk load", 140, disks=[Disk(image, serial="grow")], meanwhile=orders)
+    trial.run(RESIZE, "grown end shrunk load written", 140, disks=[Disk(image, serial="grow")], meanwhile=orders)
     if image.stat().st_size != 8 << 20:
         raise Failure(f"the image has {image.stat().st_size} bytes")
 
