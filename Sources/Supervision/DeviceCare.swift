@@ -65,6 +65,9 @@ final class DeviceCare {
   var unlockedImage: FDBox?
   /// The open file of the process that serves, where its lock may be given up with the process.
   var lockedImage: FDBox?
+  /// The open file that the next process will have, opened before the one that serves began: the kernel tells each open file once of writes
+  /// that were lost, and what it has told a process that died it tells this one too. Nothing is done with it until then.
+  var imageAhead: FDBox?
   var spare: Spare?
   /// When a spare is to be started, where one is wanted.
   var spareDue: MonotonicTime?

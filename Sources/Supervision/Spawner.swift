@@ -305,6 +305,12 @@ extension Supervisor {
     return FDBox(try HostFiles.imageAgain(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status))
   }
 
+  /// Opens the image for the process after the next one to serve. Without it there is less to be told, and no more.
+  func openAhead(_ care: DeviceCare) {
+    guard let image = care.image, !image.readOnly, !image.isShared, care.imageAhead == nil else { return }
+    care.imageAhead = try? openAgain(care.id, image)
+  }
+
   /// A new connection to an external back end; nil: not yet.
   func connectAgain(_ id: String, _ path: String) -> FDBox? {
     if let spawner { return spawner.connect(id) }

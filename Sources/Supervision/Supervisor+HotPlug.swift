@@ -86,6 +86,7 @@ extension Supervisor {
           queueCount: plan.assignment.queueSizes.count, isOnTerminal: isOnTerminal, inPlaceOf: vacancies.popLast(), isNew: true,
           identity: identity)
         cares[id]?.started(resources)
+        if let care = cares[id] { openAhead(care) }
         waitingSockets[index] = (plan.assignment, FDBox(pair.first))
       }
     } catch { abandon(id, error.message ?? "Its process cannot be started") }

@@ -63,7 +63,10 @@ extension Supervisor {
   func startAgain(_ care: DeviceCare, inPlaceOf dead: Int? = nil, spareOf served: Int? = nil) throws(SupervisionError) -> FDBox? {
     guard case .program(let program, let arguments, let isOnTerminal) = care.kind else { return nil }
     var image: FDBox?
-    if let known = care.image { image = try openAgain(care.id, known) }
+    if let known = care.image {
+      image = try openAgain(care.id, known)
+      if let ahead = care.imageAhead { (image, care.imageAhead) = (ahead, image) } else { openAhead(care) }
+    }
     let pair = try Self.pair(.stream)
     let null = spawner == nil ? try HostFiles.null().release() : -1
     defer { if null >= 0 { close(null) } }

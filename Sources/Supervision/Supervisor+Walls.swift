@@ -14,7 +14,10 @@ extension Supervisor {
   /// and is nobody. Everything it still does goes through descriptors it has; files are unlinked by the guardian, processes
   /// that died are started again by the spawner.
   func raiseWalls() throws(SupervisionError) {
-    guard walls.mode != .off else { return }
+    guard walls.mode != .off else {
+      for care in cares.values { openAhead(care) }
+      return
+    }
     let rules = SystemCallList.supervisor.rules
     upgrade.rules = Self.ownRules
     upgrade.cookie = .random(in: 1 ... .max)
@@ -28,6 +31,13 @@ extension Supervisor {
     // The spawner has it now, and nobody else.
     upgrade.cookie = 0
     guardian.seal()
+    // Ours to open until the walls stand, and not in the spawner's fork.
+    for care in cares.values {
+      guard let image = care.image, !image.readOnly, !image.isShared else { continue }
+      do throws(SupervisionError) {
+        care.imageAhead = FDBox(try HostFiles.imageAgain(image.path, readOnly: false, disk: care.id, sameAs: image.status))
+      } catch {}
+    }
     // With a keeper it is one that successors can have too.
     try confine(as: keeper == nil ? identities.next() : identities.last, installed)
   }

@@ -109,11 +109,3 @@ final class BlockRig {
     return try request(type, output: bytes)
   }
 }
-
-func pattern(_ count: Int, _ seed: UInt64) -> [UInt8] {
-  var random = SeededRandom(seed)
-  var bytes = [UInt8]()
-  bytes.reserveCapacity(count + 8)
-  while bytes.count < count { withUnsafeBytes(of: random.next()) { bytes += $0 } }
-  return Array(bytes[..<count])
-}

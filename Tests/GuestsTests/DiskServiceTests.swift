@@ -46,6 +46,32 @@ struct DiskServiceTests {
     home.expectNothingLeft()
   }
 
+  /// The kernel tells of lost writes once per open file, and it has told a process that is no more.
+  @Test(
+    "Data that was lost is no more stable for the next process than it was for the dead one", .enabled(if: LoopDisk.canRun, "Needs root."),
+    arguments: ["", ",spare=on"])
+  func lostBeforeADeath(keys: String) throws {
+    let full = try FullStorage()
+    let home = try WholeVM()
+    let vm = try home.start([
+      "--cmdline", "test=blk op=read span=8 n=1000000 flush=1", "--disk", "path=\(full.loop.device)\(keys)", "--control", "ctl",
+      "--serial", "file=serial.log",
+    ])
+    func reports() -> [MicroReport] {
+      let text = (try? String(contentsOfFile: home.directory + "/serial.log", encoding: .utf8)) ?? ""
+      return text.split(separator: "\n").compactMap { MicroReport(line: $0) }
+    }
+    waitWhile { !reports().contains { $0.name == "blk.verify" } && vm.isRunning }
+    #expect(reports().first { $0.name == "blk.flushed" }?.passed == false, "8 MiB were written and there is room for less than 2")
+    kill(try #require(home.processes["blk0"]), SIGKILL)
+    waitWhile { !vm.errorText.contains("served again") && vm.isRunning }
+    waitWhile { !reports().contains { $0.name == "blk.flushed-again" } && vm.isRunning }
+    #expect(reports().first { $0.name == "blk.flushed-again" }?.passed == false, "\(reports())")
+    if vm.isRunning { vm.signal(SIGTERM) }
+    _ = vm.wait()
+    home.expectNothingLeft()
+  }
+
   @Test("Another file in the image's place is never touched: the guest keeps the old one, and no successor takes the new one")
   func replacedFile() throws {
     let home = try WholeVM()

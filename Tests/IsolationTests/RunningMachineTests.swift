@@ -239,8 +239,8 @@ import Testing
         == [
           "null": 1, "pipe": 3, "[eventpoll]": 1, "[signalfd]": 1, "kmsg": 1, "socket": 4, "tun": 1, "urandom": 1,
           "memfd:statistics (deleted)": 4,
-          // The VM's part of the lock on its image, and the process's, to be given up with the process.
-          "disk.img": 2,
+          // The VM's part of the lock on its image; the process's, to be given up with the process; and the next process's.
+          "disk.img": 3,
         ],
       "\(supervisor)")
 

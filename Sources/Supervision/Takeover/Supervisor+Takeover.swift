@@ -172,6 +172,7 @@ extension Supervisor {
     }
     tellClients(but: occasion == .noUpgrade ? Int(state.asker) : nil)
     if case .sent(let sequence)? = channel?.send(.look) { takeover.look = sequence }
+    for care in cares.values { openAhead(care) }
   }
 
   /// The core changes over, or has: its answer comes.

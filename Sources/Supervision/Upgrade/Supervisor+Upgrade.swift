@@ -176,6 +176,7 @@ extension Supervisor {
     say(.info, "The supervisor has been upgraded; the VM goes on")
     note(.upgraded, "", "the supervisor")
     reply(Int(state.asker), .record(["ok": .bool(true), "changed": .bool(true), "upgrades": .unsigned(UInt64(upgrade.count))]))
+    for care in cares.values { openAhead(care) }
   }
 }
 

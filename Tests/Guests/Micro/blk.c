@@ -209,6 +209,7 @@ void test_blk(void) {
   report("blk.speed", failed == 0 && n > 0, "%s %u bytes depth %u wait %s: %lu per second, %lu ns each, %lu kicks %lu interrupts %lu failed",
          writes ? "write" : "read", size, depth, by_halt ? "halt" : by_interrupt ? "spin" : "poll",
          ns ? n * 1000000000 / ns : 0, n ? ns / n : 0, queue.kicks - kicks, interrupt_count[VECTOR] - interrupts_before, failed);
+  if (option_number("flush", 0)) report("blk.flushed-again", one(FLUSH, 0, 0, NULL) == 0, "at the end");
   if (by_halt) apic_write(0x380, 0);
   report("blk.reset", virtio_reset(&disk), "status %x", virtio_status(&disk));
   if (by_interrupt) msix_control(&disk.msix, false, false);
