@@ -32,6 +32,19 @@ import VirtioSpec
     #expect(cpu(rig.program.processID) - before < 0.3)
   }
 
+  @Test(arguments: ["io_uring", "threads"])
+  func theBurstComesOnceAndBeforeTheRate(access: String) throws {
+    let rig = try BlockRig(arguments: [
+      "--aio=" + access, "--ops-size=10", "--ops-one-time-burst=100", "--ops-refill-time=100", "--bw-size=1048576",
+      "--bw-one-time-burst=1048576", "--bw-refill-time=1000",
+    ])
+    let burst = try seconds { () throws -> Void in for _ in 0..<110 { #expect(try rig.read(0, 1).status == 0) } }
+    #expect(burst < 0.8, "took \(burst) s; without a burst it would be one")
+    let rest = try seconds { () throws -> Void in for _ in 0..<60 { #expect(try rig.read(0, 1).status == 0) } }
+    // Ten of them at most have come in the meantime.
+    #expect(rest > 0.45, "took \(rest) s")
+  }
+
   @Test func bytesPassAtTheRate() throws {
     let rig = try BlockRig(arguments: ["--bw-size=65536", "--bw-refill-time=100"])
     let time = try seconds { () throws -> Void in for _ in 0..<60 { #expect(try rig.read(0, 16).status == 0) } }

@@ -57,6 +57,9 @@ final class TroubleDisk {
     }
   }
 
+  /// How often what had been written was made stable.
+  var syncCount: Int { FileManager.default.contents(atPath: directory + "/syncs")?.count ?? 0 }
+
   var content: [UInt8] { (FileManager.default.contents(atPath: directory + "/backing")).map { Array($0) } ?? [] }
 
   /// Serves one file, `disk`, past the kernel's cache. Messages are those of linux/fuse.h, minor version 31.
@@ -83,7 +86,9 @@ final class TroubleDisk {
         with open(place + "/orders") as file: orders = json.load(file)
         if opcode != 20: threading.Event().wait(orders["delay"])
         if orders[str(opcode)]: return reply(unique, error=orders[str(opcode)])
-        if opcode == 20: return reply(unique)
+        if opcode == 20:
+            with guard, open(place + "/syncs", "a") as log: log.write("s")
+            return reply(unique)
         offset, count = struct.unpack_from("<QI", body, 8)
         if orders["short"] and count > 512: count = count // 2 // 512 * 512
         if opcode == 15: return reply(unique, os.pread(backing, count, offset))

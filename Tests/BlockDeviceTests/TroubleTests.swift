@@ -82,6 +82,32 @@ struct TroubleTests {
     #expect(try rig.flush().status == 0)
   }
 
+  @Test("A flush reaches the storage, a write alone does not, and without a cache each does", arguments: ways)
+  func syncsArrive(way: String) throws {
+    let trouble = try Trouble(way)
+    do {
+      let rig = try BlockRig(image: trouble.image, arguments: trouble.arguments)
+      let before = trouble.disk.syncCount
+      for sector in 0..<5 { #expect(try rig.write(UInt64(sector) * 8, pattern(4096, 1)).status == 0) }
+      #expect(trouble.disk.syncCount == before)
+      for round in 1...3 {
+        #expect(try rig.flush().status == 0)
+        #expect(trouble.disk.syncCount == before + round)
+      }
+      try rig.front.writeConfiguration([0], at: 32)
+      #expect(try rig.write(0, pattern(4096, 2)).status == 0)
+      #expect(trouble.disk.syncCount == before + 4)
+    }
+    let rig = try BlockRig(image: trouble.image, arguments: trouble.arguments, wanting: { $0.subtracting([.packedRing, .blockFlush]) })
+    let before = trouble.disk.syncCount
+    for round in 1...3 {
+      #expect(try rig.write(0, pattern(4096, 3)).status == 0)
+      #expect(trouble.disk.syncCount == before + round)
+    }
+    try trouble.disk.order(sync: EIO)
+    #expect(try rig.write(0, pattern(4096, 4)).status == 1)
+  }
+
   /// The kernel tells of lost writes once per open file. Whoever of several is told, none of the others' flushes made anything stable.
   @Test("Of flushes that are under way together none succeeds when data was lost", arguments: ways, [true, false])
   func flushesTogether(way: String, hasTwoQueues: Bool) throws {

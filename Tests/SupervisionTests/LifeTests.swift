@@ -133,7 +133,7 @@ struct LifeTests {
     #expect(try files("guardian") == ["pipe:"])
     // The supervisor keeps nothing of theirs but the VM's lock on the image.
     #expect(try !files("supervisor").contains { $0 == "/dev/kvm" || $0.hasSuffix("kernel") })
-    #expect(try files("supervisor").count { $0.hasSuffix("disk.img") } == 2)
+    #expect(try files("supervisor").count { $0.hasSuffix("disk.img") } == 3)
     var uids: Set<String> = []
     for name in ["core", "blk0", "con0", "serial"] {
       let pid = try #require(processes["vm/web1/" + name])

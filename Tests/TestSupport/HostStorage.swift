@@ -83,6 +83,8 @@ public final class TemporaryMount {
 public final class FullStorage {
   public let loop: LoopDisk
   private let memory: TemporaryMount
+  private let limit: String
+  private let before: String
 
   public init() throws {
     memory = try TemporaryMount("tmpfs", "tmpfs", "size=2m")
@@ -90,7 +92,13 @@ public final class FullStorage {
     guard FileManager.default.createFile(atPath: backing, contents: nil) else { throw TestFailure("no backing file") }
     truncate(backing, 8 << 20)
     loop = try LoopDisk(over: backing)
+    // A page at a time: of a longer write that fits in part Linux 6.18's loop device says that all of it was written.
+    limit = "/sys/block/\(loop.device.dropFirst(5))/queue/max_sectors_kb"
+    before = try String(contentsOfFile: limit, encoding: .utf8)
+    try "4".write(toFile: limit, atomically: false, encoding: .utf8)
   }
+
+  deinit { try? before.write(toFile: limit, atomically: false, encoding: .utf8) }
 }
 
 /// ext4 on a block device whose sectors have a size of their own.
