@@ -14,7 +14,7 @@ public enum BlockProgram {
       .value("blk-fd", "NUMBER", "the disk image as an inherited descriptor"),
       .flag("blk-locked", "with --blk-fd: whoever opened the image has locked it"),
       .value("blk-format", "FORMAT", "raw: the image is meant as it is, even if it begins like one in another format"),
-      .value("blk-null", "SIZE", "no storage: every request is done at once and reads bring nothing; for measuring"),
+      .value("blk-null", "BYTES", "no storage: every request is done at once and reads bring nothing; for measuring"),
       .flag("read-only", "refuse to write, and lock the image for reading only"),
       .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
       .value("serial", "TEXT", "what the guest reads as the disk's id (at most 20 bytes)"),

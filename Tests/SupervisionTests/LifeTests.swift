@@ -131,7 +131,7 @@ struct LifeTests {
           "socket:",
         ].sorted { _, _ in false })
     #expect(try files("guardian") == ["pipe:"])
-    // The supervisor keeps nothing of theirs but the VM's lock on the image.
+    // The supervisor keeps nothing of theirs but the lock on the image: the part that is the VM's, the process's, and the next one's file.
     #expect(try !files("supervisor").contains { $0 == "/dev/kvm" || $0.hasSuffix("kernel") })
     #expect(try files("supervisor").count { $0.hasSuffix("disk.img") } == 3)
     var uids: Set<String> = []
