@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "jail.h"
 
+#include <clinux_calls.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
@@ -83,8 +84,10 @@ static int attach(int root, const struct csandbox_place *place) {
   } else {
     // Recursive, because part of a tree must not be shown that something is mounted over.
     unsigned recursive = place->kind == CSANDBOX_PLACE_DIRECTORY ? AT_RECURSIVE : 0;
-    int tree = (int)syscall(SYS_open_tree, AT_FDCWD, place->path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive);
-    if (tree < 0) error = errno;
+    int found = clinux_open_named(place->path, O_PATH, 0);
+    int tree = found < 0 ? -1 : (int)syscall(SYS_open_tree, found, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH | recursive);
+    if (tree < 0) error = found < 0 ? -found : errno;
+    if (found >= 0) close(found);
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_NOSUID};
     if (!(place->rights & CSANDBOX_PLACE_WRITABLE)) attributes.attr_set |= MOUNT_ATTR_RDONLY;
     if (!(place->rights & CSANDBOX_PLACE_EXECUTABLE)) attributes.attr_set |= MOUNT_ATTR_NOEXEC;

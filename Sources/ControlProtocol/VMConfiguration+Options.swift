@@ -439,10 +439,10 @@ extension VMConfiguration {
     },
     Option(
       "uid-base", .text("UID"), group: "Running",
-      summary: "first of 60 uids for the VM's processes when run as root", example: "--uid-base 1900000000"
+      summary: "first of 60 uids for the VM's processes when run as root, from 1000 on", example: "--uid-base 1900000000"
     ) { (draft, values) throws(ConfigurationError) in
-      guard let uid = Quantity.unsigned(values.text), (1...0xFFFF_FF00).contains(uid) else {
-        throw values.badText("a uid from 1 to 4294967040")
+      guard let uid = Quantity.unsigned(values.text), (1000...0xFFFF_FF00).contains(uid) else {
+        throw values.badText("a uid from 1000 to 4294967040; those below are the host's own")
       }
       draft.result.uidBase = UInt32(uid)
     },

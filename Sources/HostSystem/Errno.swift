@@ -37,6 +37,8 @@ public struct Errno: Error, Hashable, Sendable, CustomStringConvertible {
   public static let timedOut = Errno(ETIMEDOUT)
   public static let notADirectory = Errno(ENOTDIR)
   public static let stale = Errno(ESTALE)
+  /// Of `OwnedFD.openNamed`.
+  package static let foreignLink = Errno(EXDEV)
 
   /// The symbol, for example `ENOENT`.
   public var name: String {
@@ -79,6 +81,7 @@ extension Errno {
     case .invalid: "invalid argument (EINVAL)"
     case .nameTooLong: "name too long (ENAMETOOLONG)"
     case .timedOut: "timed out (ETIMEDOUT)"
+    case .foreignLink: "a symbolic link on the way belongs to another user, who could make it lead anywhere; name the path without it"
     default: name
     }
   }

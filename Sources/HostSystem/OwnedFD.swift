@@ -44,6 +44,14 @@ extension OwnedFD {
     return OwnedFD(owning: try checked(result, "open \(path)"))
   }
 
+  /// As `open`, for a path that a person has named: a symbolic link that belongs neither to root nor to us is not followed, because its
+  /// owner could lead us anywhere by it. `.foreignLink` says so.
+  package static func openNamed(_ path: String, _ flags: CInt, mode: UInt32 = 0o600) throws(SystemError) -> OwnedFD {
+    // SAFETY: the path is a NUL-terminated copy that lives for the call.
+    let result = retrying { unsafe clinux_open_named(path, flags | O_CLOEXEC, mode) }
+    return OwnedFD(owning: try checked(result, "open \(path)"))
+  }
+
   /// Adopts a descriptor inherited at start (launch contract), checking that it is open and making it close-on-exec.
   public static func inherited(_ number: CInt) throws(SystemError) -> OwnedFD {
     guard number >= 0 else { throw SystemError("use descriptor \(number)", Errno(EBADF)) }

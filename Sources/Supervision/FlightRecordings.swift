@@ -34,7 +34,7 @@ extension Supervisor {
       throw .launch("There is no recording of '\(id)'")
     }
     let path = "\(directory)/\(configuration.name)-\(id)-\(number).rec"
-    do { return try OwnedFD.open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_NOCTTY | noFollow, mode: 0o600) } catch {
+    do { return try OwnedFD.openNamed(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_NOCTTY | noFollow, mode: 0o600) } catch {
       throw .file(what: "recording", path: path, error.errno)
     }
   }

@@ -91,7 +91,7 @@ enum HostFiles {
   static func imageAgain(_ path: String, readOnly: Bool, disk: String, sameAs known: FileStatus?) throws(SupervisionError) -> OwnedFD {
     let what = "image of disk \(disk)"
     let fd: OwnedFD
-    do { fd = try OwnedFD.open(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY) } catch {
+    do { fd = try OwnedFD.openNamed(path, (readOnly ? O_RDONLY : O_RDWR) | O_NONBLOCK | O_NOCTTY) } catch {
       throw .file(what: what, path: path, error.errno)
     }
     let status = try examine(fd)
@@ -194,7 +194,7 @@ enum HostFiles {
   /// The output of a console: appended to, made if missing.
   static func consoleFile(_ path: String, option: String) throws(SupervisionError) -> OwnedFD {
     do {
-      let fd = try OwnedFD.open(path, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY | O_NONBLOCK, mode: 0o600)
+      let fd = try OwnedFD.openNamed(path, O_WRONLY | O_CREAT | O_APPEND | O_NOCTTY | O_NONBLOCK, mode: 0o600)
       try fd.setNonBlocking(false)
       return fd
     } catch { throw .file(what: "file of \(option)", path: path, error.errno) }
@@ -212,7 +212,7 @@ enum HostFiles {
   }
 
   private static func open(_ path: String, _ flags: CInt, what: String) throws(SupervisionError) -> OwnedFD {
-    do { return try OwnedFD.open(path, flags | O_NOCTTY) } catch {
+    do { return try OwnedFD.openNamed(path, flags | O_NOCTTY) } catch {
       if error.errno == Errno(EISDIR) { throw .wrongKind(what: what, path: path, wants: "a file") }
       // A named pipe without a reader, a socket.
       if error.errno == Errno(ENXIO) { throw .wrongKind(what: what, path: path, wants: "a file") }

@@ -10,6 +10,8 @@ import Sandbox
 /// namespace that maps fewer ids, the upper part of its largest mapped range is divided the same way.
 package struct Identities: Sendable {
   package static let perVM: UInt32 = 60
+  /// What has no id is shown as: another one that is not to be had.
+  private static let nobody: UInt32 = 65534
   private static let start: UInt32 = 0x7000_0000
 
   /// nil: we are not root and keep our ids.
@@ -30,6 +32,11 @@ package struct Identities: Sendable {
       Self.contains(uids, first) && Self.contains(gids, first)
     }
     if let requested {
+      guard requested > Self.nobody || requested + Self.perVM <= Self.nobody else {
+        throw .identities(
+          "Among the \(Self.perVM) uids from \(requested) (--uid-base) is \(Self.nobody), which stands for users without an id; choose "
+            + "others, such as those from 1900000000")
+      }
       guard fits(requested) else {
         throw .identities(
           "The \(Self.perVM) uids from \(requested) (--uid-base) are not all mapped in this user namespace; "

@@ -1,4 +1,5 @@
 import CLinux
+import CSandbox
 import ControlProtocol
 import Glibc
 import HostSystem
@@ -58,6 +59,9 @@ extension Spawner {
     return false
   }
 
+  /// Whether a process is one that this one, or those it works for, has started.
+  static func isOfThisVM(_ process: Int32) -> Bool { process > 0 && process != getpid() && parent(of: process) == getppid() }
+
   /// The parent's process id; nil when there is no such process.
   private static func parent(of process: Int32) -> Int32? {
     guard let bytes = try? OwnedFD.open("/proc/\(process)/stat", O_RDONLY).readToEnd(limit: 4096) else { return nil }
@@ -67,9 +71,11 @@ extension Spawner {
     return words.count > 1 ? Int32(words[1]) : nil
   }
 
-  /// One of this VM's ids that none of its processes has.
+  /// One of this VM's ids that none of its processes has. nil: ids are kept. Where they are not there is no process without one: it would
+  /// be root's.
   static func identity(_ text: String, _ supervisor: Supervisor) throws(SupervisionError) -> ChildIdentity? {
-    guard let number = UInt32(text) else { return nil }
+    if supervisor.identities.base == nil, text.isEmpty { return nil }
+    guard let number = UInt32(text) else { throw .launch("The order offers no id for the device's process, which would be root's") }
     let known = supervisor.knownLaunches.values.map(\.launch.identity) + supervisor.knownJailed.values.map(\.identity)
     let supervisorIsLast = supervisor.configuration.outlivesSupervisor
     guard let identity = supervisor.identities.identity(of: number, supervisorIsLast: supervisorIsLast), !known.contains(identity) else {
@@ -97,6 +103,7 @@ extension Spawner {
       case .external(let socket): return Opened(resources: [socket], text: text, takesIdentity: false)
       case .jailed(let jailed):
         let identity = jailed.keepsIdentity ? nil : identity
+        try checkCapabilities(jailed)
         _ = try jailed.plan(identity, null: null, socket: null)
         supervisor.knownJailed[id] = (jailed, identity)
         return Opened(resources: [], text: text, takesIdentity: !jailed.keepsIdentity)
@@ -140,6 +147,7 @@ extension Spawner {
       case .external: return Opened(resources: plan.resources, text: "", takesIdentity: false)
       case .jailed(let jailed):
         let identity = jailed.keepsIdentity ? nil : identity
+        try checkCapabilities(jailed)
         _ = try jailed.plan(identity, null: null, socket: null)
         supervisor.knownJailed[name] = (jailed, identity)
         return Opened(resources: [], text: "", takesIdentity: !jailed.keepsIdentity)
@@ -157,6 +165,18 @@ extension Spawner {
       supervisor.candidates[id] = nil
       supervisor.dropCandidate(id)
       throw error
+    }
+  }
+}
+
+extension Spawner {
+  /// Whether it can start this program, which may be to keep what no program of the VM has kept so far.
+  private static func checkCapabilities(_ jailed: JailedDevice) throws(SupervisionError) {
+    let missing = jailed.capabilities.filter { csandbox_has_capability(Int32($0)) != 1 }.map { Capabilities.names[$0] }
+    guard missing.isEmpty else {
+      throw .launch(
+        "The profile of \(jailed.id) keeps \(missing.joined(separator: ", ")), which this VM cannot give away any more; take the line out of "
+          + "the profile, or start the VM with the device")
     }
   }
 }

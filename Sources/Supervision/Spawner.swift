@@ -193,8 +193,24 @@ final class Spawner {
 
   // MARK: Serving
 
+  /// What it does as root that it has to be more for than a user: files and sockets of any owner are opened and unlinked
+  /// (DAC_OVERRIDE, FOWNER), taps attached (NET_ADMIN), namespaces and roots made (SYS_ADMIN, SYS_CHROOT), ids and bounding sets given
+  /// to what it starts (SETGID, SETUID, SETPCAP), and it is looked at what those processes use (SYS_PTRACE).
+  static let capabilities: UInt64 = [1, 3, 6, 7, 8, 12, 18, 19, 21].reduce(0) { $0 | 1 << $1 }
+
+  /// Of all others nothing is left, but what jailed programs of this VM are to keep.
+  private static func lessen(_ supervisor: Supervisor) {
+    var kept = capabilities
+    for known in supervisor.knownJailed.values { for number in known.device.capabilities { kept |= 1 << UInt64(number) } }
+    for care in supervisor.cares.values {
+      if case .jailed(let device) = care.kind { for number in device.capabilities { kept |= 1 << UInt64(number) } }
+    }
+    if csandbox_keep_only(kept) != 0 { _exit(1) }
+  }
+
   /// Until the supervisor is gone; does not return.
   static func serve(_ socket: borrowing OwnedFD, null: borrowing OwnedFD, _ supervisor: Supervisor) {
+    lessen(supervisor)
     let upgrade = SpawnerUpgrade()
     // Another one has everything that this one has, and does what is to be done at the end.
     var isSucceeded = false
@@ -245,7 +261,7 @@ final class Spawner {
           descriptors = [FDBox(try supervisor.recordingFile(words[0], number))]
         case .usage:
           let words = id.split(separator: " ").map(String.init)
-          guard words.count == 2, let process = Int32(words[1]) else { throw unknown(id) }
+          guard words.count == 2, let process = Int32(words[1]), isOfThisVM(process) else { throw unknown(id) }
           text = ProcessUsage.text(of: process, group: supervisor.groups?.member(words[0]))
         case .tidy: supervisor.guardian.tidy()
         case .order:

@@ -16,6 +16,15 @@ extension Supervisor {
     case .spawnerEnd:
       if let spawner { loop.remove(number: spawner.endNumber) }
       if phase == .running { say(.warning, "The spawner has ended; device processes that die are not started again") }
+    case .guardianEnd:
+      guard let number = guardian.endNumber else { break }
+      loop.remove(number: number)
+      if phase == .running {
+        say(
+          .warning,
+          "The guardian has ended; socket files, control groups and the terminal's settings are put right at the end of the VM only if the "
+            + "supervisor is not killed")
+      }
     case .controlListener: acceptClients()
     case .client(let id): handleClient(id)
     case .escapeKey(let index): handleEscapeKey(index)

@@ -294,6 +294,7 @@ extension Supervisor {
     phase = .running
     // Not before: the guest waits for its devices, and they wait for us.
     try raiseWalls()
+    if let number = guardian.endNumber { try watch(number, .guardianEnd) }
     startSpares(.now)
   }
 

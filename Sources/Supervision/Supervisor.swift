@@ -19,6 +19,8 @@ package final class Supervisor {
     case ready(Int)
     case processEnd(Int)
     case spawnerEnd
+    /// The guardian is gone.
+    case guardianEnd
     /// The line on which a console process tells of the escape key.
     case escapeKey(Int)
   }

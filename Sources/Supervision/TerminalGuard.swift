@@ -86,6 +86,14 @@ final class TerminalGuard {
     }
   }
 
+  /// Readable when the guardian has ended; nil while there is none.
+  var endNumber: CInt? {
+    switch guardian {
+    case .some(let process): process.fd.rawValue
+    case .none: nil
+    }
+  }
+
   /// A guardian that another one has followed.
   struct Predecessor: ~Copyable {
     fileprivate let process: ProcessHandle

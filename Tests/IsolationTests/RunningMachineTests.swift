@@ -34,7 +34,7 @@ import Testing
       BuiltPrograms.path("martlet"), Self.command(directory, "test=idle ms=60000") + options, directory: directory)
   }
 
-  private func processes(of vm: String) -> [String: Int32] {
+  func processes(of vm: String) -> [String: Int32] {
     var result: [String: Int32] = [:]
     for name in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
       guard let pid = Int32(name), let line = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline") else { continue }
@@ -246,11 +246,113 @@ import Testing
 
     // The spawner: walls would be its children's. It has what a launch needs, and its order line.
     let spawner = try #require(processes["spawner"])
-    #expect(status("/proc/\(spawner)/status")["NoNewPrivs"] == "1")
+    try checkOutside("spawner", spawner, capabilities: "00000000002c11ca", own)
+    // What it forks gets what the starter has.
+    if let keeper = processes["keeper"] {
+      try checkOutside("keeper", keeper, capabilities: status("/proc/self/status")["CapEff"] ?? "", own)
+    }
     #expect(files(spawner) == ["null": 1, "pipe": 1, "socket": 1, "release": 1], "\(files(spawner))")
     checkMaps("spawner", spawner, shared.union(["memfd:statistics (deleted)"]))
     var facts = stat()
     #expect(stat("/proc/\(spawner)/environ", &facts) == 0 && facts.st_uid == 0)
+  }
+
+  /// One that works for the VM outside the walls: root, with these capabilities in the three sets that count, one thread.
+  private func checkOutside(_ name: String, _ pid: Int32, capabilities: String, _ own: [String: String]) throws {
+    #expect(try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/task").count == 1, "\(name)")
+    let fields = status("/proc/\(pid)/status")
+    for set in ["CapPrm", "CapEff", "CapBnd"] { #expect(fields[set] == capabilities, "\(set) of \(name)") }
+    for set in ["CapInh", "CapAmb"] { #expect(fields[set] == "0000000000000000", "\(set) of \(name)") }
+    for ids in ["Uid", "Gid"] { #expect(fields[ids] == "0 0 0 0", "\(ids) of \(name)") }
+    #expect(fields["NoNewPrivs"] == "1" && fields["Seccomp"] == "0", "\(name)")
+    for (kind, link) in namespaces(pid) where kind != "net" { #expect(link == own[kind], "\(kind) of \(name)") }
+    var facts = stat()
+    #expect(stat("/proc/\(pid)/environ", &facts) == 0 && facts.st_uid == 0, "\(name)")
+  }
+
+  /// Kinds of processes that the VM above has none of: of threads that block, spares, programs in jails; as root and as an ordinary user.
+  @Test(
+    .enabled(
+      if: canRun && geteuid() == 0 && Hostile.host.lacks.isEmpty && access("/usr/bin/qemu-storage-daemon", X_OK) == 0,
+      "Needs KVM, root, the programs, the full walls and qemu-storage-daemon."), arguments: [true, false])
+  func sparesThreadsAndJailedProgramsAreWalledInAndSoIsAllOfAnOrdinaryUser(asRoot: Bool) throws {
+    let directory = "/tmp/martlet-kinds-\(getpid())-\(asRoot)"
+    let name = "kinds-\(getpid())-\(asRoot)"
+    defer { try? FileManager.default.removeItem(atPath: directory) }
+    try Self.prepare(directory)
+    try Data(count: 1 << 20).write(to: URL(fileURLWithPath: directory + "/jailed.img"))
+    let user: UInt32 = 65533
+    var words = [BuiltPrograms.path("martlet")]
+    if !asRoot {
+      for file in ["", "/disk.img", "/jailed.img"] { try #require(chown(directory + file, user, user) == 0) }
+      // The device with a mode of its own, for this VM only.
+      let script = """
+        cp -a /dev/kvm kvm && chown 0:65500 kvm && chmod 660 kvm && mount --bind kvm /dev/kvm && \
+        exec setpriv --reuid \(user) --regid \(user) --groups 65500 "$@"
+        """
+      words = ["/usr/bin/unshare", "-m", "/bin/sh", "-c", script, "sh"] + words
+    }
+    let profile =
+      URL(fileURLWithPath: #filePath).deletingLastPathComponent().deletingLastPathComponent().deletingLastPathComponent().path
+      + "/protocol/jails/qemu-storage-daemon.jail"
+    try FileManager.default.copyItem(atPath: profile, toPath: directory + "/p")
+    let program =
+      "qemu-storage-daemon --blockdev driver=file,node-name=f,filename={path} --export "
+      + "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=fd,addr.str={listen}"
+    words += Self.command(directory, "test=idle ms=60000", name: name).map { $0.replacing("num_queues=1", with: "aio=threads,spare=on") }
+    words += [
+      "--disk", "vhost_user=on,path=\(directory)/jailed.img,jail=\(directory)/p,program=\"\(program)\"", "--cgroup", "off", "--hardened",
+    ]
+    let vm = try RunningProgram(words[0], Array(words.dropFirst()), directory: directory)
+    defer {
+      vm.signal(SIGTERM)
+      _ = vm.wait()
+    }
+    waitWhile { vm.isRunning && processes(of: name)["blk0 (spare)"] == nil }
+    usleep(200_000)
+    var found = processes(of: name)
+    let supervisor = try #require(found["supervisor"], "\(vm.errorText)")
+    let children = FileManager.default.contents(atPath: "/proc/\(supervisor)/task/\(supervisor)/children") ?? Data()
+    for child in String(decoding: children, as: UTF8.self).split(separator: " ").compactMap({ Int32($0) }) {
+      if (try? FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(child)/exe"))?.hasSuffix("qemu-storage-daemon") == true {
+        found["jailed"] = child
+      }
+    }
+    for outside in ["spawner", "guardian"] {
+      // An ordinary user's have no more to give up.
+      let pid = try #require(found[outside])
+      found[outside] = nil
+      if !asRoot { #expect(status("/proc/\(pid)/status")["CapEff"] == "0000000000000000", "\(outside)") }
+    }
+    #expect(Set(found.keys) == ["supervisor", "core", "blk0", "blk0 (spare)", "con0", "serial", "jailed"])
+    let own = namespaces(getpid())
+    for (name, pid) in found {
+      let isSupervisor = name == "supervisor"
+      let tasks = try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/task")
+      // Those that block for requests.
+      if name.hasPrefix("blk0") { #expect(tasks.count > 2, "\(name): \(tasks.count)") }
+      for task in tasks {
+        let fields = status("/proc/\(pid)/task/\(task)/status")
+        let who = "\(name), thread \(fields["Name"] ?? task)"
+        let kept = asRoot && isSupervisor ? "0000000000000020" : "0000000000000000"
+        #expect(fields["CapBnd"] == "0000000000000000", "\(who)")
+        for set in ["CapPrm", "CapEff", "CapInh", "CapAmb"] { #expect(fields[set] == kept, "\(set) of \(who)") }
+        #expect(fields["NoNewPrivs"] == "1" && fields["Seccomp"] == "2", "\(who)")
+        let ids = Set((fields["Uid"] ?? "").split(separator: " ") + (fields["Gid"] ?? "").split(separator: " "))
+        #expect(ids.count == 1 && (asRoot ? !["0", "\(user)"].contains(ids.first) : ids.first == "\(user)"), "\(who): \(ids)")
+        // Groups that a user has cannot be given up by a user; there they are nobody's.
+        if asRoot { #expect(fields["Groups"] == "", "\(who)") }
+      }
+      for (kind, link) in namespaces(pid) {
+        if kind == "user" && asRoot || kind == "pid" && isSupervisor { continue }
+        #expect(link != own[kind], "\(kind) of \(name)")
+      }
+      let root = Set(try FileManager.default.contentsOfDirectory(atPath: "/proc/\(pid)/root/"))
+      #expect(name == "jailed" ? root.isDisjoint(with: ["root", "sys", "boot", "srv"]) : root.isEmpty, "\(name): \(root)")
+      var facts = stat()
+      // Somebody else's program is behind its own walls as its author made it.
+      if name != "jailed" { #expect(stat("/proc/\(pid)/environ", &facts) == 0 && facts.st_uid == 0, "\(name)") }
+    }
   }
 
   /// No page is writable and executable; nothing is mapped but the program itself, anonymous memory and `allowed`.

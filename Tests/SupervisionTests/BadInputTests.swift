@@ -227,6 +227,30 @@ struct BadInputTests {
       home, result, 3, "Back end of blk0 does not accept at 'full.sock' in time; is it serving another VM?")
   }
 
+  @Test(.enabled(if: geteuid() == 0, "Another user's link needs root."))
+  func linksOfOtherUsersAreNotFollowed() throws {
+    let home = try Installation()
+    let victim = home.directory + "/victim"
+    try "precious".write(toFile: victim, atomically: false, encoding: .utf8)
+    try FileManager.default.createDirectory(atPath: home.directory + "/real", withIntermediateDirectories: false)
+    let links = ["k": "kernel", "d": "disk.img", "f": "victim", "new": "none", "dir": "real", "rng": "/dev/urandom"]
+    for (link, target) in links {
+      try FileManager.default.createSymbolicLink(atPath: home.directory + "/" + link, withDestinationPath: target)
+      try #require(lchown(home.directory + "/" + link, 65534, 65534) == 0)
+    }
+    let why = "a symbolic link on the way belongs to another user, who could make it lead anywhere; name the path without it"
+    for (arguments, what) in [
+      (["--kernel", "k"], "kernel 'k'"), (["--initramfs", "k"], "initramfs 'k'"), (["--disk", "path=d"], "image of disk blk0 'd'"),
+      (["--disk", "path=d,readonly=on"], "image of disk blk0 'd'"), (["--console", "file=f"], "file of --console 'f'"),
+      (["--serial", "file=f"], "file of --serial 'f'"), (["--serial", "file=new"], "file of --serial 'new'"),
+      (["--serial", "file=dir/log"], "file of --serial 'dir/log'"), (["--rng", "src=rng"], "source of --rng 'rng'"),
+      (["--flight-recorder", "dir"], "directory of --flight-recorder 'dir'"),
+    ] { expect(home, try home.start(arguments).wait(), 3, "Cannot open \(what): \(why)") }
+    #expect(try String(contentsOfFile: victim, encoding: .utf8) == "precious")
+    #expect(access(home.directory + "/none", F_OK) != 0)
+    #expect(try FileManager.default.contentsOfDirectory(atPath: home.directory + "/real").isEmpty)
+  }
+
   @Test func aFileIsNoSourceOfRandomBytes() throws {
     let home = try Installation()
     expect(

@@ -64,6 +64,19 @@ import Testing
     ("limit descriptors many", "'many' is no number"),
     ("limit cpu 1", "Unknown limit 'cpu'"),
     ("limit threads 4\nlimit threads 5", "line 2: Limit 'threads' is given twice"),
+    ("network no\nnetwork yes", "line 2: 'network yes' contradicts line 1, 'network no'; take one of the two out"),
+    ("proc all\n\nproc no", "line 3: 'proc no' contradicts line 1, 'proc all'"),
+    ("user own\nuser keep", "line 2: 'user keep' contradicts line 1, 'user own'"),
+    ("program /a\nprogram /b", "line 2: 'program /b' contradicts line 1, 'program /a'"),
+    ("working-directory /a\nworking-directory /b", "line 2: 'working-directory /b' contradicts line 1"),
+    ("file /x ro\nfile /x rw", "line 2: 'file /x rw' contradicts line 1, 'file /x ro'"),
+    ("file /x rw\nfile /x run", "line 2: 'file /x run' contradicts line 1, 'file /x rw'"),
+    ("directory /x ro\nfile /x ro", "line 2: 'file /x ro' contradicts line 1, 'directory /x ro'"),
+    ("directory /x rw\ntemporary /x 64K", "line 2: 'temporary /x' contradicts line 1, 'directory /x rw'"),
+    ("call read # x\nrefuse read EPERM", "line 2: 'refuse read' contradicts line 1, 'call read'"),
+    ("refuse read EPERM\ncall read # x", "line 2: 'call read' contradicts line 1, 'refuse read EPERM'"),
+    ("refuse read EPERM\nrefuse read EACCES", "line 2: 'refuse read EACCES' contradicts line 1, 'refuse read EPERM'"),
+    ("environment A=1\nenvironment A", "line 2: 'environment A' contradicts line 1, 'environment A=1'"),
     ("descriptor 2", "is not a number from 3 to 31"),
     ("network perhaps", "is neither yes nor no"),
     ("user root", "is none of own, keep, UID, UID:GID"),
@@ -71,6 +84,24 @@ import Testing
   ])
   func whatMeansNothingIsRefusedWithItsLineAndARemedy(text: String, message: String) {
     #expect(problem(text).contains(message), "\(problem(text))")
+  }
+
+  @Test func whatIsSaidTwiceOrAddsUpIsNoContradiction() throws {
+    let profile = try JailProfile(
+      """
+      network yes
+      network yes
+      file /x ro
+      file /x run
+      file /x ro
+      file /y rw
+      file /y rw
+      call read arg0 == 1  # one
+      call read arg0 == 2  # two
+      refuse read EPERM
+      """, file: "p")
+    #expect(profile.hasNetwork && profile.calls.count == 2 && profile.refused.count == 1)
+    #expect(profile.places.first?.path == "/x" && profile.places.first?.access == .run)
   }
 
   @Test func namesInBracesAreFilledIn() {

@@ -44,6 +44,39 @@ struct JailTests {
     return try RunningProgram(all[0], Array(all.dropFirst()), directory: place.path).wait(seconds: seconds)
   }
 
+  @Test(.enabled(if: geteuid() == 0, "Another user's link needs root."), arguments: ["place", "define", "profile", "learned"])
+  func linksOfOtherUsersAreNotFollowed(what: String) throws {
+    let place = try Place()
+    try place.write("seen", "in the jail\n")
+    try #require(jail(place, ["--learn", "--define", "file=\(place.path)/seen", "--", "/bin/cat", "\(place.path)/seen"]).code == 0)
+    let profile = try String(contentsOfFile: place.path + "/p", encoding: .utf8)
+    var link = place.path + "/link"
+    var words = ["--define", "file=\(link)", "--", "/bin/cat", link]
+    switch what {
+    case "place":
+      try place.write("p", profile + "\nfile \(link) ro\n")
+      words[1] = "file=\(place.path)/seen"
+    case "define": break
+    default:
+      words = (what == "learned" ? ["--learn"] : []) + ["--define", "file=\(place.path)/seen", "--", "/bin/cat", "\(place.path)/seen"]
+      link = place.path + "/p"
+      try place.write("precious", what == "learned" ? "" : profile)
+      unlink(link)
+    }
+    try FileManager.default.createSymbolicLink(
+      atPath: link, withDestinationPath: link.hasSuffix("/p") ? "precious" : "/etc/passwd")
+    // Root's own is followed.
+    let honest = try jail(place, words)
+    #expect(honest.code == 0, "\(honest.errors)")
+    if what == "learned" { try place.write("precious", "") }
+    try #require(lchown(link, 65534, 65534) == 0)
+    let result = try jail(place, words)
+    #expect(result.code == 125 && result.output.isEmpty, "\(result.output)")
+    #expect(
+      result.errorLines.count == 1 && result.errors.contains("a symbolic link on the way belongs to another user"), "\(result.errors)")
+    if what == "learned" { #expect(try String(contentsOfFile: place.path + "/precious", encoding: .utf8).isEmpty) }
+  }
+
   @Test(arguments: users) func aLearnedProfileRunsTheProgramAndHidesEverythingElse(user: [String]) throws {
     let place = try Place(isEverybodys: !user.isEmpty)
     func jail(_ place: Place, _ words: [String]) throws -> ProgramResult { try self.jail(place, words, below: user) }

@@ -150,6 +150,14 @@ struct LifeTests {
     }
   }
 
+  @Test(.enabled(if: geteuid() == 0, "Choosing uids needs root."), arguments: [0, 5, 999, 65_475, 65_534])
+  func idsOfTheHostAreRefused(base: Int) throws {
+    let home = try Installation()
+    let result = try home.run("--uid-base", String(base))
+    #expect(result.code == (base < 1000 ? 2 : 4) && result.errorLines.count == 1, "\(result.errors)")
+    #expect(result.errors.contains(base < 1000 ? "those below are the host's own" : "stands for users without an id"), "\(result.errors)")
+  }
+
   @Test(.enabled(if: geteuid() == 0, "Choosing uids needs root."))
   func uidBaseIsUsed() throws {
     let home = try Installation()
@@ -174,6 +182,21 @@ struct LifeTests {
     let result = try home.shell(script)
     #expect(result.errors == "")
     #expect(result.code == 0)
+    home.expectNothingLeft()
+  }
+
+  @Test func theGuardiansDeathIsTold() throws {
+    let home = try Installation()
+    let vm = try home.start(["--control", "ctl"])
+    try home.waitUntilRunning()
+    let guardian = try #require(home.processes.first { $0.title.hasSuffix("/guardian") })
+    kill(guardian.pid, SIGKILL)
+    home.waitUntil("a line about it") { vm.errorText.contains("The guardian has ended") }
+    #expect(try home.ctl("info", "--json").output.contains("\"state\":\"running\""))
+    vm.signal(SIGTERM)
+    let result = vm.wait()
+    #expect(result.code == 143)
+    #expect(result.errorLines.filter { $0.contains("The guardian has ended") }.count == 1, "\(result.errors)")
     home.expectNothingLeft()
   }
 

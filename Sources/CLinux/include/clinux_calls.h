@@ -25,6 +25,9 @@
 #include <unistd.h>
 
 int clinux_open(const char *path, int flags, unsigned mode);
+// open(2) of a path that a person has named: a symbolic link on the way that belongs neither to root nor to the caller is not followed,
+// because its owner could lead us anywhere by it: -EXDEV, which open(2) never says. Calls nothing but the kernel.
+int clinux_open_named(const char *path, int flags, unsigned mode);
 int clinux_openat(int directory, const char *path, int flags, unsigned mode);
 // Processors that this process may run on; 1 if that cannot be known.
 int clinux_processor_count(void);

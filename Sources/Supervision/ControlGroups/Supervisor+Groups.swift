@@ -65,7 +65,7 @@ extension Supervisor {
       throw .limits("io-read-limit and io-write-limit of \(id) are of the disk below its path=; name it, or leave the limits out")
     }
     let status = try attempt { () throws(SystemError) in
-      try OwnedFD.open(path, pathOnly).status()
+      try OwnedFD.openNamed(path, pathOnly).status()
     } or: {
       .file(what: "path of \(id)", path: path, $0.errno)
     }

@@ -81,7 +81,7 @@ final class JailLearner {
 
   private static func append(_ text: String, to path: String) throws(JailError) {
     do {
-      let fd = try OwnedFD.open(path, O_WRONLY | O_CREAT | O_APPEND, mode: 0o644)
+      let fd = try OwnedFD.openNamed(path, O_WRONLY | O_CREAT | O_APPEND, mode: 0o644)
       try fd.writeAll(Array(text.utf8))
     } catch { throw .profile(path: path, error.errno) }
     Log.write("martlet jail: what the program needed stands in '\(path)'; read it before you use it", to: 2)

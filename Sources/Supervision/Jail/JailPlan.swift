@@ -92,7 +92,7 @@ package struct JailPlan {
   /// - Parameter asSibling: as there.
   package func start(asSibling: Bool = false) throws(JailError) -> StartedChild {
     let executable: OwnedFD
-    do { executable = try OwnedFD.open(program, pathOnly) } catch { throw .program(path: program, error.errno) }
+    do { executable = try OwnedFD.openNamed(program, pathOnly) } catch { throw .program(path: program, error.errno) }
     do { return try launch.start(executable, asSibling: asSibling) } catch {
       switch error {
       case .step(let stage, _, let errno): throw .step(stage, errno, place: nil)
@@ -172,10 +172,15 @@ package struct JailPlan {
         continue
       }
       var status = stat()
-      // SAFETY: the path is a NUL-terminated copy; `status` is ours.
-      guard unsafe stat(path, &status) == 0 else {
-        let error = Errno.current
-        if place.isOptional { continue }
+      do throws(SystemError) {
+        // As it was named, which may be a relative path.
+        let seen = try OwnedFD.openNamed(text, pathOnly)
+        // SAFETY: `status` is ours and alive for the call.
+        guard unsafe fstat(seen.rawValue, &status) == 0 else { throw SystemError("look at \(text)", Errno.current) }
+      } catch {
+        if place.isOptional, error.errno != .foreignLink { continue }
+        if error.errno == .foreignLink { throw .place(path: text, file: profile.file, problem: error.errno.explanation) }
+        let error = error.errno
         throw .place(
           path: path, file: profile.file,
           problem: "\(error.explanation); install what it belongs to, mend the line, or write 'optional' behind it")

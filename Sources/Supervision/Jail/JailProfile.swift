@@ -78,7 +78,18 @@ package struct JailProfile: Sendable {
   /// Calls that get an error back instead of ending the program.
   package var refused: [(number: UInt32, errno: UInt16)] = []
 
+  /// Statements that there is one of, by what they are about: where they stand, and what they say.
+  private var said: [String: (line: Int, text: String)] = [:]
+
   package init(file: String) { self.file = file }
+
+  /// Two lines about one thing that say two things mean nothing.
+  private mutating func say(_ text: String, about what: String, line: Int) throws(Problem) {
+    if let before = said[what], before.text != text {
+      throw Self.problem("'\(text)' contradicts line \(before.line), '\(before.text)'; take one of the two out")
+    }
+    said[what] = (line, text)
+  }
 
   static let keywords = [
     "program", "user", "network", "proc", "working-directory", "file", "directory", "device", "temporary", "descriptor",
@@ -149,6 +160,11 @@ package struct JailProfile: Sendable {
       return words[0] == "yes"
     }
     switch keyword {
+    case "program", "working-directory", "network", "proc", "user":
+      try say(([keyword] + words).joined(separator: " "), about: keyword, line: number)
+    default: break
+    }
+    switch keyword {
     case "program":
       try want(1...1, "the path of the program")
       program = try Self.path(words[0])
@@ -168,7 +184,9 @@ package struct JailProfile: Sendable {
       guard let size = Quantity.byteCount(words[1]), size >= 4096, size <= 1 << 40 else {
         throw Self.problem("Size '\(words[1])' is not one from 4K to 1T")
       }
-      places.append(Place(kind: .temporary, path: try Self.path(words[0]), access: .readWrite, size: size, line: number))
+      let place = Place(kind: .temporary, path: try Self.path(words[0]), access: .readWrite, size: size, line: number)
+      try say("temporary \(place.path)", about: "place \(place.path)", line: number)
+      places.append(place)
     case "descriptor":
       try want(1...1, "a number from 3 to 31; 0, 1 and 2 are always passed on")
       guard let value = Quantity.unsigned(words[0]), (3...31).contains(value) else {
@@ -179,6 +197,7 @@ package struct JailProfile: Sendable {
       try want(1...1, "NAME=VALUE, or NAME to take it over")
       let parts = words[0].split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
       guard let name = parts.first, !name.isEmpty else { throw Self.problem("'environment' wants a name") }
+      try say("environment \(words[0])", about: "environment \(name)", line: number)
       environment.append((String(name), parts.count > 1 ? String(parts[1]) : nil))
     case "capability":
       try want(1...1, "a name such as CAP_CHOWN, and a reason behind #")
@@ -192,14 +211,18 @@ package struct JailProfile: Sendable {
     case "limit":
       try want(2...2, "a name and a number")
       try addLimit(words[0], words[1])
-    case "call": try addCall(line)
+    case "call": try addCall(line, number)
     case "refuse":
       try want(2...2, "a system call and an error name, such as clone3 ENOSYS")
-      guard let number = SystemCall.number(words[0]) else { throw Self.unknown("system call", words[0], SystemCall.names) }
+      guard let call = SystemCall.number(words[0]) else { throw Self.unknown("system call", words[0], SystemCall.names) }
       guard let errno = Self.errors[words[1]] else {
         throw Self.problem("Error '\(words[1])' is none of \(Self.errors.keys.sorted().joined(separator: ", "))")
       }
-      refused.append((number, errno))
+      if let always = said["call \(words[0])"] {
+        throw Self.problem("'refuse \(words[0])' contradicts line \(always.line), '\(always.text)'; take one of the two out")
+      }
+      try say("refuse \(words[0]) \(words[1])", about: "refuse \(words[0])", line: number)
+      refused.append((call, errno))
     default: throw Self.unknown("keyword", keyword, Self.keywords)
     }
   }
@@ -213,7 +236,15 @@ package struct JailProfile: Sendable {
     guard let access = Access(rawValue: words[1]), kind != .device || access != .run else {
       throw Self.unknown("access", words[1], kind == .device ? ["ro", "rw"] : Access.allCases.map(\.rawValue))
     }
-    places.append(Place(kind: kind, path: try Self.path(words[0]), access: access, isOptional: words.count == 3, line: number))
+    let place = Place(kind: kind, path: try Self.path(words[0]), access: access, isOptional: words.count == 3, line: number)
+    // What is read may be executed by another line: learning goes by steps.
+    let same = places.firstIndex { $0.path == place.path && $0.kind == kind && $0.access != .readWrite }
+    if let same, access != .readWrite {
+      if access == .run { places[same].access = .run }
+      return
+    }
+    try say("\(keyword) \(place.path) \(access.rawValue)", about: "place \(place.path)", line: number)
+    places.append(place)
   }
 
   private mutating func addLimit(_ name: String, _ text: String) throws(Problem) {
@@ -228,11 +259,20 @@ package struct JailProfile: Sendable {
     limits.append((limit, value))
   }
 
-  private mutating func addCall(_ line: Substring) throws(Problem) {
+  private mutating func addCall(_ line: Substring, _ number: Int) throws(Problem) {
     let statement = line.drop { $0 == " " || $0 == "\t" }.dropFirst("call".count).drop { $0 == " " || $0 == "\t" }
     let name = String(statement.prefix { $0 != " " && $0 != "\t" && $0 != "#" })
     guard SystemCall.number(name) != nil else { throw Self.unknown("system call", name, SystemCall.names) }
-    do throws(RuleError) { calls += try SystemCallRule.parse(String(statement)) } catch { throw Self.problem(error.problem) }
+    let rules: [SystemCallRule]
+    do throws(RuleError) { rules = try SystemCallRule.parse(String(statement)) } catch { throw Self.problem(error.problem) }
+    // With a condition it may be refused where that does not hold.
+    if rules.contains(where: { $0.conditions.isEmpty }) {
+      if let refusal = said["refuse \(name)"] {
+        throw Self.problem("'call \(name)' contradicts line \(refusal.line), '\(refusal.text)'; take one of the two out")
+      }
+      try say("call \(name)", about: "call \(name)", line: number)
+    }
+    calls += rules
   }
 
   private static func user(_ text: String) throws(Problem) -> User {

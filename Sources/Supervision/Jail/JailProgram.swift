@@ -145,7 +145,7 @@ package enum JailProgram {
 
   package static func load(_ path: String) throws(JailError) -> JailProfile {
     do {
-      let fd = try OwnedFD.open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY)
+      let fd = try OwnedFD.openNamed(path, O_RDONLY | O_NONBLOCK | O_NOCTTY)
       guard try fd.status().kind == .regular else { throw SystemError("read", .invalid) }
       let bytes = try fd.readToEnd(limit: JailProfile.longestText)
       return try JailProfile(String(decoding: bytes, as: UTF8.self), file: path)

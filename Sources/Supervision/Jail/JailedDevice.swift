@@ -33,11 +33,15 @@ final class JailedDevice {
     do throws(JailError) { profile = try JailProgram.load(configuration.profile) } catch { throw .jail(id, error) }
     var defines = ["id": id, "name": vm]
     if let path = configuration.path {
+      do { _ = try OwnedFD.openNamed(path, pathOnly) } catch { throw .file(what: "path of \(id)", path: path, error.errno) }
       guard let whole = JailPlan.real(path) else { throw .file(what: "path of \(id)", path: path, Errno.current) }
       defines["path"] = whole
     }
     self.defines = defines
   }
+
+  /// Numbers of those that its program keeps.
+  var capabilities: [Int] { profile.capabilities }
 
   /// The program runs with the caller's ids.
   var keepsIdentity: Bool { profile.user == .keep }
@@ -119,7 +123,10 @@ final class JailedDevice {
 
   /// Connects to the socket that the program has made; nil while there is none.
   static func connect(_ processID: Int32) -> FDBox? {
-    guard let socket = try? UnixSocket.connect(to: "/proc/\(processID)/root\(socketPath)", timeout: .milliseconds(1)) else { return nil }
+    // A link that the program has put there would lead to a socket of ours.
+    guard let place = try? OwnedFD.open("/proc/\(processID)/root\(socketPath)", pathOnly | noFollow), (try? place.status().kind) == .socket,
+      let socket = try? UnixSocket.connect(to: "/proc/self/fd/\(place.rawValue)", timeout: .milliseconds(1))
+    else { return nil }
     return FDBox(socket)
   }
 

@@ -107,6 +107,7 @@ extension Supervisor {
   private func watchAll() throws(SupervisionError) {
     try watch(signals.rawValue, .signals)
     if let spawner { try watch(spawner.endNumber, .spawnerEnd) }
+    if let number = guardian.endNumber { try watch(number, .guardianEnd) }
     if let channel { try watch(channel.number, .core) }
     for (index, process) in processes.enumerated() where process.isAlive { try watch(process.endNumber, .processEnd(index)) }
     for (index, line) in escapeLines { try watch(line.number, .escapeKey(index)) }

@@ -166,10 +166,12 @@ extension Supervisor {
       do throws(SupervisionError) {
         let new = try spawner.renewGuardian()
         if let process = new.process.take(), let pipe = new.pipe.take() {
+          if let number = guardian.endNumber { loop.remove(number: number) }
           let old = guardian.replace(by: ProcessHandle(processID: new.number, adopting: process), pipe)
           // Before it there are two, and one of them is in a state.
           publish()
           old?.end()
+          if let number = guardian.endNumber { try watch(number, .guardianEnd) }
         }
       } catch { say(.warning, "The guardian of before stays: \(error.message ?? "it failed")") }
     }
