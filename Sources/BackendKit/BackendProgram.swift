@@ -126,11 +126,16 @@ public struct BackendProgram: Sendable {
       var context = try BackendContext()
       try context.loop.add(signals, for: .readable, token: .signals)
       var device = try makeDevice(launch)
+      // Late, so that a start that fails leaves no socket behind, where that can be: a path is nothing behind the walls.
+      var early: Entrance?
+      if launch.walls != .off { early = try Entrance(launch) }
+      if !launch.isSupervised { try wall { () throws(SandboxError) in try ProcessWalls.giveUpCapabilities(launch.walls) } }
       try wall { () throws(SandboxError) in try ProcessWalls.closeFiles(launch.walls) }
       try device.prepare(&context)
-      let calls = SystemCallNeeds([.base, .device]).rules + device.systemCalls.rules
-      // Late, so that a start that fails leaves no socket behind.
-      let entrance = try Entrance(launch)
+      var calls = SystemCallNeeds([.base, .device]).rules + device.systemCalls.rules
+      let entrance: Entrance
+      if let early = early.take() { entrance = early } else { entrance = try Entrance(launch) }
+      if !launch.isSupervised { calls += SystemCallList.byHand.rules }
       let statistics = try statisticsMemory(launch, queueCount: device.profile.queueCount)
       var server = try BackendServer(device, context, allowsUnsealedMemory: !launch.isSupervised, statistics: statistics)
       if launch.isStandby { server.titleInService = launch.title }
@@ -138,6 +143,9 @@ public struct BackendProgram: Sendable {
         try ProcessWalls.closeCalls(calls, launch.walls)
       }
       try ready.announce()
+      if !launch.isSupervised, launch.walls == .off {
+        Log.warning("This process is not confined; --sandbox=on confines it, and martlet run does that and more")
+      }
       Log.info("Serving")
       return try server.run(entrance, signals)
     } catch { throw BackendError(error) }

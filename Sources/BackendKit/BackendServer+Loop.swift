@@ -16,8 +16,18 @@ enum Entrance: ~Copyable {
       case .descriptor(let number):
         let fd = try OwnedFD.inherited(number)
         // QEMU's convention allows an inherited socket that listens as well.
-        self = Self.isListening(fd) ? .listening(fd, path: "") : .connected(fd)
-      case .listen(let path): self = .listening(try UnixSocket.listen(at: path), path: path)
+        guard Self.isListening(fd) else {
+          self = .connected(fd)
+          return
+        }
+        // Now, because walls do not let it be done later; here and below.
+        try fd.setNonBlocking(true)
+        self = .listening(fd, path: "")
+      // Behind walls no file can be removed: the socket's stays, and the next one that listens there takes its place.
+      case .listen(let path):
+        let fd = try UnixSocket.listen(at: path)
+        try fd.setNonBlocking(true)
+        self = .listening(fd, path: launch.walls == .off ? path : "")
       case nil: throw BackendError.noConnection
       }
     } catch { throw BackendError(error) }
@@ -50,7 +60,6 @@ extension BackendServer where Device: ~Copyable {
       return exitCode(try serve(socket, signals))
     case .listening(let listener, let path):
       defer { if !path.isEmpty { _ = unsafe unlink(path) } }
-      try listener.setNonBlocking(true)
       // Each round serves one front end to its end.
       while true {
         guard let socket = try nextConnection(listener, signals) else { return exitCode(.asked) }

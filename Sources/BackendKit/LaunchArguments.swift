@@ -77,7 +77,7 @@ public struct LaunchArguments: Sendable {
     .value("stats-fd", "NUMBER", "keep statistics in this shared memory, a page for every queue"),
     .flag("standby", "what this process is given may be another's: leave it alone until the front end speaks"),
     .value("title", "TEXT", "who this process is, for logs and process lists"),
-    .value("sandbox", "MODE", "off, on, or log: do what the walls forbid, and write it to the kernel's log (default: off)"),
+    .value("sandbox", "MODE", "on, off, or log: do what the walls forbid, and write it to the kernel's log (default: off, which is said)"),
     .value("log", "LEVEL", "error, warning, info or debug (default: warning)"),
     .flag("print-capabilities", "print what this program can do as JSON, and exit"),
     .flag("print-description", "print the description file that QEMU's conventions ask for as JSON, and exit"),
@@ -116,10 +116,6 @@ public struct LaunchArguments: Sendable {
     }
     let hasAlternative = alternative.map { result.has($0) } ?? false
     if result.request == .serve, (result.connection == nil) != hasAlternative { throw .noConnection }
-    // Behind the walls no connection can be accepted and no socket file removed.
-    if result.walls != .off, case .listen = result.connection {
-      throw .badOption("--sandbox", why: "goes with --fd; a program that listens at a path cannot close itself in")
-    }
     return result
   }
 

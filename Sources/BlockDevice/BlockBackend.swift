@@ -91,7 +91,11 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
         case .ready(let how, let ring):
           if ring { usesRing = true } else { usesCalls = true }
           if index == 0 { Log.info("Storage: \(how)") }
-        case .failed(let error): throw BackendError.system(error)
+        case .failed(let error):
+          guard access == .ring else { throw BackendError.system(error) }
+          throw BackendError.device(
+            "\(error); say --aio=threads (aio=threads of --disk), or leave it out; where the host forbids io_uring, sysctl "
+              + "kernel.io_uring_disabled=0 allows it")
         case nil: throw BackendError.device("A queue's thread said nothing")
         }
       }

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "clinux_calls.h"
 
+#include <linux/capability.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -221,4 +222,25 @@ long clinux_file_system(int fd) {
 int clinux_become(int fd, char *const *arguments, char *const *environment, uint64_t number) {
   syscall(SYS_execveat, fd, "", arguments, environment, 0x1000 /* AT_EMPTY_PATH */, number);
   return -errno;
+}
+
+int clinux_keep_only(uint64_t capabilities) {
+  // Not by libcap-ng, which would remember us as the process it works for: children of clone3 have its memory.
+  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
+  struct __user_cap_data_struct data[2] = {{0}, {0}};
+  if (syscall(SYS_capget, &header, data) < 0) return errno;
+  int can_lessen = data[0].effective >> CAP_SETPCAP & 1;
+  for (int i = 0; i < 2; i++) {
+    data[i].permitted &= (uint32_t)(capabilities >> (32 * i));
+    data[i].effective &= data[i].permitted;
+    data[i].inheritable = 0;
+  }
+  if (can_lessen)
+    for (int number = 0; number < 64; number++)
+      if (!(capabilities >> number & 1) && prctl(PR_CAPBSET_DROP, number, 0, 0, 0) < 0) {
+        if (errno == EINVAL) break; // beyond the last one
+        return errno;
+      }
+  if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0) return errno;
+  return syscall(SYS_capset, &header, data) < 0 ? errno : 0;
 }

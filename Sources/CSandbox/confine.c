@@ -122,24 +122,4 @@ int csandbox_fork_helper(const char *title, const int *kept, int count, int is_s
   return 0;
 }
 
-int csandbox_keep_only(uint64_t capabilities) {
-  // Not by libcap-ng, which would remember us as the process it works for: children of clone3 have its memory.
-  struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
-  struct __user_cap_data_struct data[2] = {{0}, {0}};
-  if (syscall(SYS_capget, &header, data) < 0) return errno;
-  for (int i = 0; i < 2; i++) {
-    data[i].permitted &= (uint32_t)(capabilities >> (32 * i));
-    data[i].effective &= data[i].permitted;
-    data[i].inheritable = 0;
-  }
-  if (csandbox_has_capability(CAP_SETPCAP))
-    for (int number = 0; number < 64; number++)
-      if (!(capabilities >> number & 1) && prctl(PR_CAPBSET_DROP, number, 0, 0, 0) < 0) {
-        if (errno == EINVAL) break; // beyond the last one
-        return errno;
-      }
-  if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0) return errno;
-  return syscall(SYS_capset, &header, data) < 0 ? errno : 0;
-}
-
 void csandbox_outlive(void) { prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0); }

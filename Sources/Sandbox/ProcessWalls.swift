@@ -30,6 +30,12 @@ package enum ProcessWalls {
     if let title { setTitle(title) }
   }
 
+  /// Takes every capability, for a program that was started by hand: a launcher has done it for others.
+  package static func giveUpCapabilities(_ mode: WallMode) throws(SandboxError) {
+    guard mode != .off else { return }
+    try step(.identity, -clinux_keep_only(0))
+  }
+
   /// Takes every right over files, TCP ports, abstract sockets and other processes that Landlock knows. What is open stays
   /// usable. Before any thread exists: they inherit it.
   /// - Parameters:

@@ -6,6 +6,7 @@ package enum SystemCallList: String, CaseIterable, Sendable {
   case blockCalls = "block-calls"
   case blockControl = "block-control"
   case block
+  case byHand = "by-hand"
   case console
   case core
   case device
@@ -84,6 +85,12 @@ package enum SystemCallList: String, CaseIterable, Sendable {
           number: 332,
           conditions: [.init(argument: 2, test: .masked(.max, equals: 0x1000)), .init(argument: 3, test: .masked(.max, equals: 0x200))],
           reason: "statx"),
+      ]
+    case .byHand:
+      [
+        SystemCallRule(number: 288, reason: "accept4"),
+        SystemCallRule(
+          number: 48, conditions: [.init(argument: 1, test: .masked(.max, equals: 2))], reason: "shutdown"),
       ]
     case .console:
       [

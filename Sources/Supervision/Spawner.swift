@@ -205,7 +205,7 @@ final class Spawner {
     for care in supervisor.cares.values {
       if case .jailed(let device) = care.kind { for number in device.capabilities { kept |= 1 << UInt64(number) } }
     }
-    if csandbox_keep_only(kept) != 0 { _exit(1) }
+    if clinux_keep_only(kept) != 0 { _exit(1) }
   }
 
   /// Until the supervisor is gone; does not return.

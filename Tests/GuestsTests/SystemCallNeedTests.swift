@@ -26,6 +26,7 @@ struct SystemCallNeedTests {
         "supervisor tgkill", "supervisor restart_syscall",
       ]
     ),
+    ("programsStartedByHandCloseThemselvesIn", ["by-hand accept4", "by-hand shutdown 0x2"]),
     (
       "everyCallOfTheGuardianIsNeeded",
       [

@@ -26,6 +26,31 @@ private func attack(_ type: String, _ defects: [String], only: String, exact: Bo
     for result in results where result.verdict.isFinding { Issue.record("\(result.id): \(result.verdict) \(result.trace)") }
   }
 
+  /// Our own programs, behind their walls.
+  @Test(arguments: [
+    ["block", "martlet-block", "--blk-null=1048576", "--num-queues=2"], ["console", "martlet-console", "--null"],
+    ["rng", "martlet-template"],
+    ["net", "martlet-net", "--tap=t0"],
+  ])
+  func ourBackEndsStandUpToEverything(words: [String]) throws {
+    let program = DeviceProcess.programs.appendingPathComponent(words[1]).path
+    var command = [program, "--socket-path={socket}", "--sandbox=on"] + words.dropFirst(2)
+    if words[0] == "net" {
+      guard geteuid() == 0, access("/dev/net/tun", R_OK | W_OK) == 0 else { return }
+      command = ["/usr/bin/unshare", "-n", "/bin/sh", "-c", "ip tuntap add dev t0 mode tap && exec \"$@\"", "sh"] + command
+    }
+    let isWhole = ProcessInfo.processInfo.environment["MARTLET_TEST_ALL"] != nil
+    let chosen = Faults.ids.enumerated().filter { isWhole || !$0.element.hasPrefix("message.") || $0.offset % 5 == 0 }.map(\.element)
+    let options = try Options.parse(
+      ["--type", words[0], "--timeout", "10", "--only", chosen.joined(separator: ","), "--exact", "--"] + command, verb: .faults)
+    let target = try Target(options)
+    defer { target.close() }
+    let results = try Faults(target, options).run()
+    // Attacks on what a device does not have are left out.
+    #expect(results.count > 200)
+    for result in results where result.verdict.isFinding { Issue.record("\(result.id): \(result.verdict) \(result.trace)") }
+  }
+
   @Test func malformedMessagesAreSeenToCrash() throws {
     let results = try attack("block", ["abort-malformed"], only: "message.set_vring_num,message.get_features.huge", timeout: "10")
     for form in ["none", "short", "long", "full", "huge", "ones", "reply", "version", "reserved", "descriptors", "cut"] {

@@ -56,7 +56,12 @@ public final class DeviceProcess {
     try? FileManager.default.removeItem(at: directory)
   }
 
-  public var log: String { (try? String(contentsOf: errors, encoding: .utf8)) ?? "" }
+  /// What the program has said, but for what each says that is started so.
+  public var log: String {
+    let lines = everyLine.split(separator: "\n", omittingEmptySubsequences: false).filter { !$0.contains("This process is not confined") }
+    return lines.joined(separator: "\n")
+  }
+  public var everyLine: String { (try? String(contentsOf: errors, encoding: .utf8)) ?? "" }
 
   /// Sends a signal to the program and to what runs it.
   public func signal(_ number: Int32) { if end == nil { kill(-processID, number) } }

@@ -40,6 +40,8 @@ int clinux_ofd_lock(int fd, int kind);
 int clinux_ofd_lock_range(int fd, int kind, int64_t start, int64_t length);
 // fcntl(F_OFD_GETLK): where a lock of another open file begins that this one would meet; -ENOENT if there is none.
 int64_t clinux_ofd_lock_find(int fd, int kind, int64_t start, int64_t length);
+// Bits 1 << CAP_...: what is left of the caller's capabilities, in its bounding set too where it may change that. 0 or errno.
+int clinux_keep_only(uint64_t capabilities);
 int clinux_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
 // pipe2: reading end first.
 int clinux_pipe(int *ends, int flags);

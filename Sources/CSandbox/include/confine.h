@@ -26,9 +26,6 @@ int csandbox_confine(const struct csandbox_confinement *confinement, int *step);
 // parent the child's process id, or -errno. A sibling is the child of the caller's parent, and killed with that.
 int csandbox_fork_helper(const char *title, const int *kept, int count, int is_sibling);
 
-// Bits 1 << CAP_...: what is left of the caller's capabilities, in its bounding set too where it may change that. 0 or errno.
-int csandbox_keep_only(uint64_t capabilities);
-
 // Such a process ends by itself when the caller is gone, and is not killed then: it has something to put right first.
 void csandbox_outlive(void);
 
