@@ -83,6 +83,9 @@ extension Stage {
     switch self {
     case .fork, .userMap, .directory, .hostName:
       "; the container or service manager around Martlet must allow clone3, mount and pivot_root, or --sandbox off"
+    case .secureBits, .identity:
+      "; root needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP and CAP_KILL for that: the container or service manager around Martlet must leave "
+        + "them to it, or start it as an ordinary user"
     default: ""
     }
   }

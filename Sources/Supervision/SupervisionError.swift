@@ -140,7 +140,8 @@ package enum SupervisionError: Error, Sendable {
         + "\(host >> 20)M: lower --memory size= or raise --deadline ready="
     case .endedEarly(_, let program, .exited(code: 1)) where program.hasPrefix("martlet-"): nil
     case .endedEarly(_, let program, .exited(code: 2)) where program.hasPrefix("martlet-"): nil
-    case .endedEarly(let process, let program, let end): "\(program) of \(process) \(end) before it was ready"
+    case .endedEarly(let process, let program, let end):
+      "\(program) of \(process) \(end) before it was ready\(program.hasPrefix("martlet-") ? "" : "; " + JailProgram.hidingRemedy)"
     case .core(_, let sentence): sentence
     case .coreProtocol(let error): "\(error.message); are all programs of one version?"
     case .coreLost(let end): "The core process \(end); the VM has ended"

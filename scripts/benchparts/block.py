@@ -195,6 +195,30 @@ def measure(case, images, arguments):
     return result
 
 
+WALLS_BAR = 1.05
+
+
+def walls(directory, rounds, seconds):
+    """What the walls cost a request: martlet-block with --sandbox=on and off, A B B A. True within the bar."""
+    images, within = Images(directory), True
+    print(f"martlet-block with and without walls, {rounds} rounds of {seconds} s, A B B A; CPU of its process a request, in ns")
+    for name in ("null-32", "read-32", "read-1", "write-32"):
+        case = next(c for c in CASES if c.name == name)
+        image = images.path(case.image)
+        runs = {"on": [], "off": []}
+        for _ in range(rounds):
+            for mode in ("on", "off", "off", "on"):
+                runs[mode].append(figures(bench(case, [*ours(case, image), f"--sandbox={mode}"], seconds)))
+        costs = [a["cpu_ns"] / b["cpu_ns"] for a, b in zip(runs["on"], runs["off"])]
+        rates = [a["iops"] / b["iops"] for a, b in zip(runs["on"], runs["off"])]
+        cost = statistics.median(costs)
+        within = within and cost <= WALLS_BAR
+        print(f"  {'ok ' if cost <= WALLS_BAR else 'BAD'} {case.title}: {middle(runs['on'])['cpu_ns']:.0f} against {middle(runs['off'])['cpu_ns']:.0f}, "
+              f"ratio {cost:.3f} (standard error {standard_error(costs):.3f}); rate {statistics.median(rates):.3f} ({standard_error(rates):.3f}); "
+              f"bar: CPU at most {WALLS_BAR}")
+    return within
+
+
 # MARK: What is not a comparison of rates
 
 def traced_calls(pid, seconds):

@@ -177,6 +177,7 @@ package enum JailProgram {
     let signals: OwnedFD
     do { signals = try Signals.descriptor(for: passedOn) } catch { throw .host(error.description) }
     let child = try plan.start()
+    let begin = MonotonicTime.now
     group?.close()
     // From here on the program lives and dies with us. Nothing of it can be attached to us.
     do throws(SandboxError) { try ProcessWalls.raise(title: nil) } catch { throw .host(error.message) }
@@ -187,7 +188,11 @@ package enum JailProgram {
     case .executed, .pending: break
     }
     switch end {
-    case .exited(let code): return code
+    case .exited(let code):
+      if code != 0, MonotonicTime.now.since(begin) < Self.startTime {
+        Log.warning("\(plan.program) \(end) soon after its start; \(hidingRemedy)")
+      }
+      return code
     case .killed(let signal):
       if signal == SIGSYS { Log.error(violation(plan.program, child.process.processID, log)) }
       if signal == SIGKILL, groups?.hasExceededMemory(groupName) == true {
@@ -196,6 +201,10 @@ package enum JailProgram {
       return 128 + signal
     }
   }
+
+  /// Who ends so soon with an error may have missed something.
+  private static let startTime = Duration.seconds(5)
+  static let hidingRemedy = "if it misses a file, its profile hides it: martlet jail --learn finds out what it needs"
 
   // MARK: limits
 
