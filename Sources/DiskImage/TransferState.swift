@@ -166,7 +166,7 @@ struct TransferState {
     switch request.operation {
     case .write: true
     case .read:
-      unsafe request.vectorCount != 1 || request.byteCount > 16384 || request.vectors.map { unsafe showsZeros($0.pointee) } ?? true
+      unsafe request.vectorCount != 1 || request.byteCount > 1 << 20 || request.vectors.map { unsafe showsZeros($0.pointee) } ?? true
     default: false
     }
   }
