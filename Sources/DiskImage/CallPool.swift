@@ -138,9 +138,7 @@ final class CallPool: @unchecked Sendable {
       let result = unsafe call(state.pointee)
       guard case .finished(let outcome) = unsafe state.pointee.advance(result, image) else { continue }
       if unsafe state.pointee.leadsSync { image.gate.leave(CInt(clamping: result), from: nil) }
-      let checked = unsafe state.pointee.checked(outcome, image, looks: true)
-      ends?.note(0, slot)
-      return checked
+      return unsafe state.pointee.settled(outcome, image, looks: true, ends, slot)
     }
   }
 

@@ -146,7 +146,7 @@ package final class DiskImage: Sendable {
 
   /// A block device has as many files as there are nodes for it, and locks belong to files: a writer keeps others out by the device's own
   /// means (open(2) on `O_EXCL`), mounts too.
-  package static func exclusiveFlag(_ path: String) -> CInt {
+  private static func exclusiveFlag(_ path: String) -> CInt {
     var status = stat()
     // SAFETY: the call fills the structure.
     return unsafe stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFBLK ? O_EXCL : 0

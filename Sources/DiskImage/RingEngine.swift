@@ -236,7 +236,9 @@ package struct RingEngine: StorageEngine, ~Copyable {
           let isLooking = unsafe !isSeen && outcome == .done && slots[number].dependsOnEnd
           // One look is for all that have come.
           if isLooking { seenCount = ring.waitingCount }
-          return .completed(slot: number, settle(number, outcome, looks: isLooking))
+          let settled = unsafe slots[number].settled(outcome, image, looks: isLooking, ends, number)
+          learn(number, settled)
+          return .completed(slot: number, settled)
         }
       case Kind.watch:
         guard let entry = watched.first(where: { $0.token == number }) else { continue }
@@ -254,36 +256,23 @@ package struct RingEngine: StorageEngine, ~Copyable {
     }
   }
 
-  /// What a request has come to, after the file has been looked at where that matters.
+  /// What a request that moved data has put into the host's cache is known to be there.
   @inline(__always)
-  private func settle(_ number: Int, _ outcome: StorageOutcome, looks: Bool) -> StorageOutcome {
+  private func learn(_ number: Int, _ outcome: StorageOutcome) {
     // SAFETY: the number is below the depth.
-    let checked = unsafe slots[number].checked(outcome, image, looks: looks)
-    switch unsafe slots[number].request.operation {
-    case .write:
-      ends?.note(0, number)
-      fallthrough
-    case .read: if checked == .done { unsafe cache?.learn(slots[number].request, image) }
-    default: break
-    }
-    return checked
+    let request = unsafe slots[number].request
+    if outcome == .done, request.operation == .read || request.operation == .write { cache?.learn(request, image) }
   }
 
   /// What the gate says of slots that wait for a sync.
   private mutating func takeLetters() {
-    while let (slot, letter) = port.next() {
-      // SAFETY: the gate was given the slot by us, and gives it back.
-      let state = unsafe slots + Int(slot)
-      switch letter {
-      case .begin:
-        unsafe state.pointee.leadsSync = true
+    while let (slot, outcome) = unsafe port.next(for: slots, image, ends) {
+      guard let outcome else {
         prepare(Int(slot))
-      case .ended(let result):
-        guard case .finished(let outcome) = unsafe state.pointee.advance(Int(result), image) else {
-          preconditionFailure("A sync ends with its result.")
-        }
-        called.append((slot, settle(Int(slot), outcome, looks: true)))
+        continue
       }
+      learn(Int(slot), outcome)
+      called.append((slot, outcome))
     }
   }
 }

@@ -85,4 +85,24 @@ package final class SyncPort: Sendable {
   }
 
   package func next() -> (slot: UInt16, letter: Letter)? { letters.withLock { $0.popLast() } }
+
+  /// The next letter, written into the state of its slot: what the slot's request has come to, or nil where its sync is to begin.
+  @unsafe
+  func next(
+    for slots: UnsafeMutablePointer<TransferState>, _ image: DiskImage, _ ends: WriteEnds?
+  ) -> (slot: UInt16, outcome: StorageOutcome?)? {
+    guard let (slot, letter) = next() else { return nil }
+    // SAFETY: the gate was given the slot by the engine that has this port, and gives it back.
+    let state = unsafe slots + Int(slot)
+    switch letter {
+    case .begin:
+      unsafe state.pointee.leadsSync = true
+      return (slot, nil)
+    case .ended(let result):
+      guard case .finished(let outcome) = unsafe state.pointee.advance(Int(result), image) else {
+        preconditionFailure("A sync ends with its result.")
+      }
+      return (slot, unsafe state.pointee.settled(outcome, image, looks: true, ends, Int(slot)))
+    }
+  }
 }

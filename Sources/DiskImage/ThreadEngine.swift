@@ -113,20 +113,8 @@ package struct ThreadEngine: StorageEngine, ~Copyable {
 
   /// What the gate says of slots that wait for a sync.
   private mutating func takeLetters() {
-    while let (slot, letter) = port.next() {
-      // SAFETY: the gate was given the slot by us, and gives it back.
-      let state = unsafe slots + Int(slot)
-      switch letter {
-      case .begin:
-        unsafe state.pointee.leadsSync = true
-        pool.give([slot])
-      case .ended(let result):
-        guard case .finished(let outcome) = unsafe state.pointee.advance(Int(result), image) else {
-          preconditionFailure("A sync ends with its result.")
-        }
-        completed.append((slot, unsafe state.pointee.checked(outcome, image, looks: true)))
-        ends?.note(0, Int(slot))
-      }
+    while let (slot, outcome) = unsafe port.next(for: slots, image, ends) {
+      if let outcome { completed.append((slot, outcome)) } else { pool.give([slot]) }
     }
   }
 

@@ -151,9 +151,11 @@ struct TransferState {
     return .failed(.inputOutput)
   }
 
-  /// The outcome, after the file has been looked at (by this, if it `looks`) where that matters.
+  /// What the request has come to, after the file has been looked at (by this, if it `looks`) where that matters. From then on the slot
+  /// has no write under way.
   @inline(__always)
-  func checked(_ outcome: StorageOutcome, _ image: DiskImage, looks: Bool) -> StorageOutcome {
+  func settled(_ outcome: StorageOutcome, _ image: DiskImage, looks: Bool, _ ends: WriteEnds?, _ slot: Int) -> StorageOutcome {
+    defer { if request.operation == .write { ends?.note(0, slot) } }
     guard outcome == .done, image.canLoseItsEnd, dependsOnEnd else { return outcome }
     if looks { image.lookAtEnd() }
     return image.end.allows(request.offset &+ request.byteCount) ? outcome : .failed(.inputOutput)

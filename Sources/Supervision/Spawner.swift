@@ -316,15 +316,16 @@ final class Spawner {
 
 extension Supervisor {
   /// The image of a device, opened anew for its next process; not locked.
-  func openAgain(_ id: String, _ image: DeviceCare.Image) throws(SupervisionError) -> FDBox {
-    if let spawner { return try spawner.image(id) }
+  func openAgain(_ id: String, _ image: DeviceCare.Image, byUs: Bool = false) throws(SupervisionError) -> FDBox {
+    if let spawner, !byUs { return try spawner.image(id) }
     return FDBox(try HostFiles.imageAgain(image.path, readOnly: image.readOnly, disk: id, sameAs: image.status))
   }
 
   /// Opens the image for the process after the next one to serve. Without it there is less to be told, and no more.
-  func openAhead(_ care: DeviceCare) {
+  /// - Parameter byUs: not by the spawner, while this process may still open files.
+  func openAhead(_ care: DeviceCare, byUs: Bool = false) {
     guard let image = care.image, !image.readOnly, !image.isShared, care.imageAhead == nil else { return }
-    care.imageAhead = try? openAgain(care.id, image)
+    care.imageAhead = try? openAgain(care.id, image, byUs: byUs)
   }
 
   /// A new connection to an external back end; nil: not yet.

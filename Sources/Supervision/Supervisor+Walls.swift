@@ -32,12 +32,7 @@ extension Supervisor {
     upgrade.cookie = 0
     guardian.seal()
     // Ours to open until the walls stand, and not in the spawner's fork.
-    for care in cares.values {
-      guard let image = care.image, !image.readOnly, !image.isShared else { continue }
-      do throws(SupervisionError) {
-        care.imageAhead = FDBox(try HostFiles.imageAgain(image.path, readOnly: false, disk: care.id, sameAs: image.status))
-      } catch {}
-    }
+    for care in cares.values { openAhead(care, byUs: true) }
     // With a keeper it is one that successors can have too.
     try confine(as: keeper == nil ? identities.next() : identities.last, installed)
   }
