@@ -99,13 +99,7 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
         case nil: throw BackendError.device("A queue's thread said nothing")
         }
       }
-    } catch let error as BackendError {
-      throw error
-    } catch let error as SystemError {
-      throw .system(error)
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 
   package mutating func negotiated(_ features: FeatureSet, _ context: inout BackendContext) { space.negotiated(features) }
@@ -116,6 +110,7 @@ package struct BlockBackend: DeviceBackend, ~Copyable {
 
   package mutating func start(_ queue: consuming DeviceQueue, _ context: inout BackendContext) throws(BackendError) {
     do { try space.image.claim() } catch { throw .device("\(error)") }
+    space.image.keepFailures(in: queue.counters)
     let index = queue.index
     running[index] = queue.ports
     desks[index].give(.serve(queue))

@@ -19,7 +19,7 @@ public enum BlockProgram {
       .flag("force-share", "with --read-only: no lock at all, though others may write the image meanwhile"),
       .value("serial", "TEXT", "what the guest reads as the disk's id (at most 20 bytes)"),
       .value("lifetime", "EOL,A,B", "how worn the storage says it is (default: what the kernel knows of an eMMC or UFS disk)"),
-      .value("num-queues", "COUNT", "request queues, 1 to 64 (default: one per processor, at most 8)"),
+      .value("num-queues", "COUNT", "request queues, 1 to 64 (default: one per processor)"),
       .value("queue-size", "COUNT", "most entries of a queue, a power of two up to 1024 (default: 256)"),
       .value("ring-without", "LIST", "what not to offer of packed, event_idx and indirect_desc, commas between"),
       .value("block-size", "BYTES", "logical block: 512 or 4096 (default: the storage's own)"),
@@ -47,7 +47,7 @@ public enum BlockProgram {
     if let blockSize, blockSize != 512, blockSize != 4096 { throw .badOption("--block-size", why: "is 512 or 4096, not \(blockSize)") }
     let image = try openImage(launch, unit: blockSize ?? 512)
     var options = BlockOptions()
-    options.queueCount = try launch.number("num-queues", in: 1...64) ?? max(1, min(8, sysconf(CInt(_SC_NPROCESSORS_ONLN))))
+    options.queueCount = try launch.number("num-queues", in: 1...64) ?? max(1, min(64, sysconf(CInt(_SC_NPROCESSORS_ONLN))))
     let queueSize = try launch.number("queue-size", in: 2...1024) ?? 256
     guard queueSize & (queueSize - 1) == 0 else { throw .badOption("--queue-size", why: "needs a power of two, not \(queueSize)") }
     options.greatestQueueSize = UInt16(queueSize)
@@ -127,11 +127,7 @@ public enum BlockProgram {
       case (nil, nil, let size?): return try DiskImage(nullOf: UInt64(size))
       default: throw BackendError.device("Exactly one of --blk-file=PATH, --blk-fd=NUMBER and --blk-null=SIZE is needed")
       }
-    } catch let error as BackendError {
-      throw error
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 
   private static func rate(_ launch: LaunchArguments, _ name: String) throws(BackendError) -> RateBucket? {

@@ -129,7 +129,7 @@ extension VMConfiguration {
           KeyDescription("format", "raw", "the image is meant as it is, even if it begins like one in another format"),
           KeyDescription("id", "NAME", "name of the device; blk0, blk1, ... when left out"),
           KeyDescription("serial", "TEXT", "serial number the guest reads, at most 20 bytes"),
-          KeyDescription("num_queues", "N", "queues; one for each processor, at most 16, when left out"),
+          KeyDescription("num_queues", "N", "queues; one for each processor, at most 64, when left out"),
           KeyDescription("queue_size", "N", "descriptors of a queue, to 1024; 256 when left out"),
           KeyDescription("direct", "on|off", "bypass the host's page cache"),
           KeyDescription("aio", "io_uring|threads", "how the storage is reached; io_uring where it can be, threads on FUSE"),

@@ -26,8 +26,8 @@ package struct VMConfiguration: Equatable, Sendable {
     /// IFNAMSIZ without the NUL.
     package static let interfaceName = 15
     package static let milliseconds: UInt64 = 600_000
-    /// Queues of a disk that does not say: one for each processor, up to so many. Each has a thread and a ring.
-    package static let defaultDiskQueues = 16
+    /// Queues of a disk that does not say: one for each processor, up to as many as `martlet-block` has. Each has a thread and a ring.
+    package static let defaultDiskQueues = 64
   }
 
   /// What follows when a device's back end dies under a running guest.

@@ -111,14 +111,34 @@ package final class DiskImage: Sendable {
   let gate = SyncGate()
   let end = FileEnd()
   private let failedSync = Atomic<Bool>(false)
+  /// Which file it is, among all of the host; nil without storage.
+  private let identity: FileStatus?
+  /// Where a failed sync is noted for processes to come.
+  private let failureNotes = Mutex<[QueueCounters]>([])
 
   /// The kernel reports a lost write once. From then on nothing can be promised to be stable, so every later flush fails
   /// until the image is opened again.
   package var hasFailedSync: Bool { failedSync.load(ordering: .relaxed) }
   package func noteFailedSync(_ error: Errno) {
+    failureNotes.withLock { notes in
+      if let identity { for note in notes { note.noteFailed(identity) } }
+    }
     if !failedSync.exchange(true, ordering: .relaxed) {
       Log.error("Writing disk image \(name) to stable storage failed: \(error.explanation); all flushes fail from now on")
     }
+  }
+
+  /// What is noted there of this image's file by a process before is true of this one too: its new open file hears nothing of
+  /// what the kernel has told another. From now on it is noted there.
+  package func keepFailures(in counters: QueueCounters) {
+    guard let identity else { return }
+    failureNotes.withLock { notes in
+      if !notes.contains(where: { $0 === counters }) { notes.append(counters) }
+      if hasFailedSync { for note in notes { note.noteFailed(identity) } }
+    }
+    guard counters.saysFailed(identity), !failedSync.exchange(true, ordering: .relaxed) else { return }
+    Log.error(
+      "Writing disk image \(name) to stable storage failed before this process began; all flushes fail until the disk has another image")
   }
 
   /// Opens an image by path.
@@ -171,6 +191,7 @@ package final class DiskImage: Sendable {
     canSecureErase = facts.canSecureErase
     hasNoZeroing = Atomic(false)
     isNull = false
+    identity = facts.identity
     hasLock = Atomic(!options.isLockedLater || options.isShared || options.isLocked)
   }
 
@@ -178,7 +199,7 @@ package final class DiskImage: Sendable {
   /// this process has taken the lock on the open file that we share with it; then this is a look, else it is refused.
   package func claim() throws(DiskImageError) {
     guard !hasLock.load(ordering: .relaxed) else { return }
-    let result = clinux_ofd_lock(file.rawValue, CInt(isReadOnly ? F_RDLCK : F_WRLCK))
+    let result = LockHolder.lock(file.rawValue, toRead: isReadOnly)
     if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
     if result < 0 { throw .cannotOpen(name, Errno(-result)) }
     hasLock.store(true, ordering: .relaxed)
@@ -205,6 +226,7 @@ package final class DiskImage: Sendable {
     canSecureErase = false
     hasNoZeroing = Atomic(false)
     isNull = true
+    identity = nil
     hasLock = Atomic(true)
   }
 
@@ -220,6 +242,7 @@ package final class DiskImage: Sendable {
     var isDevice = false
     var isMappable = false
     var isServedByProcess = false
+    var identity: FileStatus?
   }
 
   /// Takes the image's size anew, after somebody has made it longer or shorter; true if it has changed.
@@ -280,6 +303,7 @@ package final class DiskImage: Sendable {
     var facts = Facts()
     let status: FileStatus
     do { status = try fd.status() } catch { throw .cannotOpen(name, error.errno) }
+    facts.identity = status
     switch status.kind {
     case .regular:
       facts.byteCount = status.byteCount
@@ -366,27 +390,19 @@ package final class DiskImage: Sendable {
     return false
   }
 
-  private static func take(_ fd: CInt, _ kind: CInt) -> CInt {
-    let result = clinux_ofd_lock(fd, kind)
-    guard result == 0, kind == F_RDLCK, LockHolder.isWrittenByQEMU(fd) else { return result }
-    _ = clinux_ofd_lock(fd, CInt(F_UNLCK))
-    return -EAGAIN
-  }
-
   /// For two seconds, 20 ms apart.
   private static let lockAttempts = 100
 
   /// One writer, or many readers (`F_OFD_SETLK` over the whole file): the lock belongs to the open file, so it is released
   /// exactly when nobody can write any more, in-flight operations included.
   private static func lock(_ fd: borrowing OwnedFD, _ name: String, _ options: Options) throws(DiskImageError) {
-    let kind = CInt(options.isReadOnly ? F_RDLCK : F_WRLCK)
-    var result = take(fd.rawValue, kind)
+    var result = LockHolder.lock(fd.rawValue, toRead: options.isReadOnly)
     // A process that was killed is gone before the kernel has finished what it had begun, and the lock stays until then,
     // with nobody who has it.
     for _ in 0..<lockAttempts where result == -EAGAIN || result == -EACCES {
       if let status = try? fd.status(), let holder = LockHolder.describe(of: status) { throw .inUse(name, holder: holder) }
       _ = poll(nil, 0, 20)
-      result = take(fd.rawValue, kind)
+      result = LockHolder.lock(fd.rawValue, toRead: options.isReadOnly)
     }
     if result == -EAGAIN || result == -EACCES { throw .inUse(name, holder: nil) }
     if result < 0 { Log.warning("Disk image \(name) cannot be locked (\(Errno(-result).explanation)): a second user will not be noticed") }

@@ -1,9 +1,9 @@
 import CLinux
 import Glibc
 
-/// Finds out who holds a file lock. Only asked when a lock was refused, so it may be slow.
+/// Locks of whole files, and who holds them.
 package enum LockHolder {
-  /// `process 123 (qemu-system-x86)`, or nil when /proc does not tell us.
+  /// `process 123 (qemu-system-x86)`, or nil when /proc does not tell us. Only asked when a lock was refused, so it may be slow.
   /// - Parameter own: what the process itself is called.
   package static func describe(of file: FileStatus, own: String = "this process itself") -> String? {
     guard let pid = find(file) else { return nil }
@@ -12,9 +12,18 @@ package enum LockHolder {
     return "process \(pid) (\(String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self)))"
   }
 
+  /// Locks the whole file (`F_OFD_SETLK`): for one who writes, or for one of many who read, and then only if QEMU does not write.
+  /// - Returns: zero, or a negated errno; `EAGAIN` or `EACCES` where somebody else has it.
+  package static func lock(_ file: CInt, toRead: Bool) -> CInt {
+    let result = clinux_ofd_lock(file, CInt(toRead ? F_RDLCK : F_WRLCK))
+    guard result == 0, toRead, isWrittenByQEMU(file) else { return result }
+    _ = clinux_ofd_lock(file, CInt(F_UNLCK))
+    return -EAGAIN
+  }
+
   /// Whether QEMU writes the file: it says so by a lock for reading on one byte (100 for the permissions, and its bit of them: 1 for
   /// writing, docs/system/images.rst and block/file-posix.c), which readers of ours would not meet. Locks of ours begin elsewhere.
-  package static func isWrittenByQEMU(_ file: CInt) -> Bool {
+  private static func isWrittenByQEMU(_ file: CInt) -> Bool {
     (100...103).contains(clinux_ofd_lock_find(file, CInt(F_WRLCK), 101, 1))
   }
 

@@ -8,7 +8,7 @@ public enum QueueStatistics {
   /// The first word of a page in use.
   public static let mark: UInt64 = 0x3154_4154_534C_544D  // "MTLSTAT1"
 
-  /// Words of a page. All but `mark` only grow.
+  /// Words of a page that count. All but `mark` only grow.
   public enum Word: Int, CaseIterable, Sendable {
     case mark = 0
     /// Requests (chains, packets) completed.
@@ -37,6 +37,9 @@ public enum QueueStatistics {
     /// Requests that a process before had in flight when it ended, and that were begun again.
     case replays
   }
+
+  /// Where it says of what file a flush has failed: its device and its inode, both zero where none has.
+  @usableFromInline static let failedFileWord = 14
 
   /// Latencies from taking a request to its answer, by kind.
   public enum Histogram: Int, CaseIterable, Sendable {
@@ -122,6 +125,21 @@ public final class QueueCounters: @unchecked Sendable {
     let word = 32 &+ histogram.rawValue &* QueueStatistics.bucketCount &+ QueueStatistics.bucket(nanoseconds)
     // SAFETY: bucket < bucketCount, so the word lies in the page.
     unsafe Counter(words + word &* 8).add(1)
+  }
+
+  /// Whether a flush of that file has failed, in this process or in one before it.
+  package func saysFailed(_ file: FileStatus) -> Bool {
+    let word = QueueStatistics.failedFileWord &* 8
+    // SAFETY: both words lie in the page.
+    return unsafe clinux_load_relaxed_u64(words + word) == file.device && clinux_load_relaxed_u64(words + word + 8) == file.inode
+  }
+
+  /// A flush of that file has failed; known until another file's fails, and whoever counts in this page after us will know it.
+  package func noteFailed(_ file: FileStatus) {
+    let word = QueueStatistics.failedFileWord &* 8
+    // SAFETY: both words lie in the page. The inode first: half of it is no file's but for one that has failed before.
+    unsafe clinux_store_relaxed_u64(words + word + 8, file.inode)
+    unsafe clinux_store_relaxed_u64(words + word, file.device)
   }
 
   /// One log line.

@@ -49,10 +49,6 @@ package enum NetProgram {
       }
       if let number = try launch.descriptor("packet-fd") { return try PacketPort.socket(OwnedFD.inherited(number)) }
       throw BackendError.device("No port was given")
-    } catch let error as BackendError {
-      throw error
-    } catch {
-      throw .device("\(error)")
-    }
+    } catch { throw BackendError(error) }
   }
 }

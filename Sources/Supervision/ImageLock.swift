@@ -21,15 +21,10 @@ package enum ImageLock {
   }
 
   /// Everything, for a first user.
-  static func takeAll(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock(fd, CInt(F_WRLCK))) }
+  static func takeAll(_ fd: CInt) -> Outcome { outcome(LockHolder.lock(fd, toRead: false)) }
 
   /// Everything, for one of many who only read.
-  static func takeToRead(_ fd: CInt) -> Outcome {
-    let result = outcome(clinux_ofd_lock(fd, CInt(F_RDLCK)))
-    guard case .had = result, LockHolder.isWrittenByQEMU(fd) else { return result }
-    _ = clinux_ofd_lock(fd, CInt(F_UNLCK))
-    return .refused
-  }
+  static func takeToRead(_ fd: CInt) -> Outcome { outcome(LockHolder.lock(fd, toRead: true)) }
 
   /// The owner's byte alone.
   static func own(_ fd: CInt) -> Outcome { outcome(clinux_ofd_lock_range(fd, CInt(F_WRLCK), ownerByte, 0)) }

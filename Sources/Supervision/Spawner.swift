@@ -322,10 +322,12 @@ extension Supervisor {
   }
 
   /// Opens the image for the process after the next one to serve. Without it there is less to be told, and no more.
-  /// - Parameter byUs: not by the spawner, while this process may still open files.
-  func openAhead(_ care: DeviceCare, byUs: Bool = false) {
+  /// - Parameters:
+  ///   - name: what the spawner knows it by, if not by its device's id.
+  ///   - byUs: not by the spawner, while this process may still open files.
+  func openAhead(_ care: DeviceCare, as name: String? = nil, byUs: Bool = false) {
     guard let image = care.image, !image.readOnly, !image.isShared, care.imageAhead == nil else { return }
-    care.imageAhead = try? openAgain(care.id, image, byUs: byUs)
+    care.imageAhead = try? openAgain(name ?? care.id, image, byUs: byUs)
   }
 
   /// A new connection to an external back end; nil: not yet.

@@ -137,6 +137,7 @@ extension Supervisor {
       } else if replacement.order.isDryRun {
         endCandidate(.object([.init("ok", .bool(true)), .init("dry_run", .bool(true))] + describe(findings)))
       } else {
+        openAhead(replacement.care, as: Self.candidateName(replacement.id))
         self.replacement?.exchangeTime = .now
         ask(.exchange(id: replacement.id, drain: replacement.order.drain), []) { .exchanging(sequence: $0) }
       }
